@@ -1,0 +1,61 @@
+"""The average of the parameters, clipping, and TF1's optimizers, for `optax.chain`.
+
+See the README; each name says where it comes from.
+"""
+
+import importlib.metadata
+
+from ._clip import (
+    clip_by_average_norm as clip_by_average_norm,
+    clip_by_global_norm as clip_by_global_norm,
+    clip_by_norm as clip_by_norm,
+    clip_by_value as clip_by_value,
+    global_norm as global_norm,
+)
+from ._ema import (
+    EmaState as EmaState,
+    MovingAverage as MovingAverage,
+    average as average,
+    averages as averages,
+    ema as ema,
+    moving_average as moving_average,
+    swap as swap,
+)
+from ._names import (
+    average_name as average_name,
+    global_step as global_step,
+    matching as matching,
+    names as names,
+    slot as slot,
+    slot_names as slot_names,
+    variables_to_restore as variables_to_restore,
+)
+from ._optimizers import (
+    OptimizerState as OptimizerState,
+    adadelta as adadelta,
+    adagrad as adagrad,
+    adam as adam,
+    ftrl as ftrl,
+    gradient_descent as gradient_descent,
+    momentum as momentum,
+    rmsprop as rmsprop,
+)
+from ._schedules import (
+    Decay as Decay,
+    after as after,
+    debiased as debiased,
+    every as every,
+    exponential_decay as exponential_decay,
+    half_life as half_life,
+    inverse_gamma as inverse_gamma,
+    power as power,
+    warmup as warmup,
+)
+from ._training import (
+    apply_gradients as apply_gradients,
+    compute_gradients as compute_gradients,
+    minimize as minimize,
+)
+
+
+__version__ = importlib.metadata.version("emaopt")

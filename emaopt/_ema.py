@@ -1,0 +1,283 @@
+"""The average of the parameters: one core, any decay.
+
+`shadow -= (shadow - value) * rate`, `rate = 1 - decay(t)`, t = 1, 2, ... This form leaves a
+constant value bitwise constant, and the rate near 0 keeps its precision (see `_schedules`).
+`moving_average` is that core over any pytree; `ema` lifts it into an `optax.chain`; `average`,
+`swap` and `averages` find the averages inside whatever optax wrapped around them.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._schedules import DecayLike, as_decay
+from ._tree import (
+    Tree,
+    apply_update,
+    check_shape,
+    is_inexact,
+    is_none,
+    key_name,
+    leaf_names,
+    leaf_paths,
+    tree_map,
+    wide,
+    zip_leaves,
+)
+
+
+class EmaState(NamedTuple):
+    """An average. `step`: int32 [], the updates so far. `shadow`: like the parameters.
+
+    The shadow has the dtype that was decided at init: float32 or wider unless asked otherwise;
+    leaves that are not averaged (integers, booleans, keys) are the newest value.
+    """
+
+    step: jax.Array
+    shadow: Tree
+
+
+class MovingAverage(NamedTuple):
+    """`init(values) -> EmaState`, `update(values, state, num_updates=None) -> EmaState`."""
+
+    init: Callable[..., EmaState]
+    update: Callable[..., EmaState]
+
+
+def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> MovingAverage:
+    """The average of any pytree of values: `shadow -= (shadow - value) * (1 - decay(t))`.
+
+    `decay`: a number, or a function of t, the number of updates with this one (1, 2, ...);
+    `num_updates` replaces t, as TF1's argument does. The shadow starts as a copy of the values; in
+    TF1, of a tensor, it starts at zero: `init` zeros for that. `accumulator_dtype`: the dtype of
+    the shadow; by default the values' own or float32, whichever is wider. Arithmetic is in float32
+    or wider in any case. TF1's `ExponentialMovingAverage.apply`.
+
+    >>> mean = moving_average(0.5)
+    >>> state = mean.init({"w": jnp.array([0.0])})
+    >>> mean.update({"w": jnp.array([8.0])}, state).shadow
+    {'w': Array([4.], dtype=float32)}
+    """
+    decay = as_decay(decay)
+    if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.inexact):
+        raise ValueError(
+            f"accumulator_dtype={accumulator_dtype} cannot hold an average. Pass a floating dtype."
+        )
+
+    def copy(x):
+        x = jnp.asarray(x)
+        if not is_inexact(x):
+            return jnp.copy(x)
+        return jnp.array(x, accumulator_dtype or wide(x.dtype), copy=True)
+
+    def init(values):
+        shadow = tree_map(copy, values=values)
+        return EmaState(jnp.zeros((), jnp.int32), shadow)
+
+    def update(values, state, num_updates=None):
+        step = optax.safe_increment(state.step)
+        rate = decay.rate(step if num_updates is None else num_updates)
+        rows, treedef = zip_leaves(values=values, **{"state.shadow": state.shadow})
+        names = leaf_names(values)
+        leaves = [_lerp(name, x, s, rate) for name, (x, s) in zip(names, rows, strict=True)]
+        return EmaState(step, treedef.unflatten(leaves))
+
+    return MovingAverage(init, update)
+
+
+def _lerp(name: str, x, s, rate):
+    """One leaf of the shadow after a value; an absent value leaves it, as does a rate of 0."""
+    if x is None:
+        return s
+    check_shape(name, values=x, **{"state.shadow": s})
+    if not is_inexact(s):
+        return jnp.asarray(x).astype(s.dtype)
+    dtype = wide(s.dtype)
+    old, x = s.astype(dtype), jnp.asarray(x).astype(dtype)
+    new = old - (old - x) * jnp.asarray(rate).astype(dtype)
+    if not isinstance(rate, np.generic):
+        # a copy is exact, and a value that is not taken cannot poison the average
+        new = jnp.where(rate >= 1, x, jnp.where(rate <= 0, old, new))
+    return new.astype(s.dtype)
+
+
+def ema(
+    decay: DecayLike, *, sequential_update: bool = True, accumulator_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """The average of the parameters, as the last link of an `optax.chain`.
+
+    Last, because it averages what the updates lead to: `params + updates`, rounded as
+    `optax.apply_updates` rounds it. Wrap the whole chain, this link included, in
+    `optax.MultiSteps` or `optax.apply_if_finite`, so that it counts only steps that were made. The
+    updates pass unchanged. `decay` and `accumulator_dtype`: see `moving_average`.
+
+    `update(updates, state, params, num_updates=n)`: n replaces t.
+    `sequential_update=False` averages the parameters from before the update, with t = 0, 1, ...
+    (what TF1's option of that name does, when its race goes that way).
+
+    TF1's `ExponentialMovingAverage` in a training step; `MovingAverageOptimizer`.
+
+    >>> tx = optax.chain(optax.sgd(1.0), ema(0.5))
+    >>> params = jnp.array([0.0])
+    >>> updates, state = tx.update(jnp.array([-8.0]), tx.init(params), params)
+    >>> average(params, state)
+    Array([4.], dtype=float32)
+    """
+    core = moving_average(decay, accumulator_dtype=accumulator_dtype)
+
+    def update(updates, state, params=None, *, num_updates=None, **extra):
+        del extra
+        if params is None:
+            raise ValueError(
+                "params is missing: ema averages the parameters. "
+                "Call tx.update(grads, state, params)."
+            )
+        if sequential_update:
+            values = tree_map(apply_update, params=params, updates=updates)
+        else:
+            values = params
+            num_updates = state.step if num_updates is None else num_updates
+        return updates, core.update(values, state, num_updates)
+
+    return optax.GradientTransformationExtraArgs(core.init, update)
+
+
+def average(params: Tree, opt_state: Tree, name: str | None = None) -> Tree:
+    """The averaged parameters, to evaluate with: like `params`, in the dtypes of `params`.
+
+    A leaf that has no average (`optax.masked`) is that of `params`. With several averages in the
+    state, `name` is one of the keys of `averages(opt_state)`. TF1's `ema.average`.
+
+    >>> state = ema(0.5).init({"w": jnp.array([1.0])})
+    >>> average({"w": jnp.array([3.0])}, state)
+    {'w': Array([1.], dtype=float32)}
+    """
+    shadows = _shadow_of_each_leaf(params, opt_state, name)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
+    return treedef.unflatten(
+        [
+            p if s is None else s.astype(jnp.result_type(p))
+            for p, s in zip(leaves, shadows, strict=True)
+        ]
+    )
+
+
+def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, Tree]:
+    """The parameters and their average exchanged: `(averages, opt_state with the parameters)`.
+
+    Nothing is computed or rounded: arrays (also abstract ones) change places, so swapping twice
+    gives back the same arrays. Leaves without an average stay. To save the averages under the
+    original names, save what `swap` returns; to go on training, load it and swap again. TF1's
+    `MovingAverageOptimizer.swapping_saver`.
+
+    >>> state = ema(0.5).init(jnp.array([1.0]))
+    >>> averages_, swapped = swap(jnp.array([3.0]), state)
+    >>> averages_, swapped.shadow
+    (Array([1.], dtype=float32), Array([3.], dtype=float32))
+    """
+    shadows = _shadow_of_each_leaf(params, opt_state, name)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
+    exchanged = treedef.unflatten(
+        [p if s is None else s for p, s in zip(leaves, shadows, strict=True)]
+    )
+    by_path = dict(zip(leaf_paths(params), leaves, strict=True))
+    chosen = _choose(opt_state, name)
+
+    def exchange(state: EmaState) -> EmaState:
+        shadow_leaves, shadow_def = jax.tree.flatten(state.shadow, is_leaf=is_none)
+        paths = leaf_paths(state.shadow)
+        new = [s if s is None else by_path[k] for k, s in zip(paths, shadow_leaves, strict=True)]
+        return state._replace(shadow=shadow_def.unflatten(new))
+
+    return exchanged, jax.tree.map(
+        lambda node: exchange(node) if any(node is state for state in chosen.values()) else node,
+        opt_state,
+        is_leaf=_is_ema,
+    )
+
+
+def averages(opt_state: Tree) -> dict[str, EmaState]:
+    """Every average in the state, by name.
+
+    The name is the one given in `optax.named_chain` or `optax.partition`, or the position in the
+    chain: dict keys and positions on the way, joined with a slash; the wrappers' own fields are
+    left out. An average that stands alone is named "ema".
+
+    >>> tx = optax.named_chain(("fast", ema(0.9)), ("slow", ema(0.99)))
+    >>> list(averages(tx.init(jnp.zeros(2))))
+    ['fast', 'slow']
+    """
+    found = [
+        (keys, node)
+        for keys, node in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_ema)[0]
+        if _is_ema(node)
+    ]
+    named = [
+        "/".join(key_name(k) for k in keys if not isinstance(k, jax.tree_util.GetAttrKey)) or "ema"
+        for keys, _ in found
+    ]
+    return {
+        short if named.count(short) == 1 else "/".join(map(key_name, keys)): state
+        for short, (keys, state) in zip(named, found, strict=True)
+    }
+
+
+def _is_ema(node) -> bool:
+    return isinstance(node, EmaState)
+
+
+def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
+    """The averages that a name means: the one of that name; without a name, all of them."""
+    found = averages(opt_state)
+    if not found:
+        raise ValueError(
+            "opt_state holds no average. Put emaopt.ema(decay) last in the optax.chain, and pass "
+            "the state that belongs to that chain."
+        )
+    if name is None:
+        return found
+    if name not in found:
+        close = difflib.get_close_matches(name, found, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"name={name!r} is not an average.{hint} There are: {_listed(found)}.")
+    return {name: found[name]}
+
+
+def _shadow_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> list:
+    """The shadow of every leaf of `params`, `None` where it has none; matched by key path.
+
+    Averages of different leaves (`optax.partition`) make up one; two of one leaf need a name.
+    """
+    chosen = _choose(opt_state, name)
+    shadows: dict[tuple[str, ...], Any] = {}
+    for state in chosen.values():
+        for path, shadow in zip(
+            leaf_paths(state.shadow), jax.tree.leaves(state.shadow, is_leaf=is_none), strict=True
+        ):
+            if path in shadows:
+                raise ValueError(
+                    f"name is missing: leaf {'/'.join(path)!r} has several averages. "
+                    f"Pass name=, one of: {_listed(chosen)}."
+                )
+            shadows[path] = shadow
+    paths = leaf_paths(params)
+    unknown = sorted("/".join(path) for path in shadows.keys() - set(paths))
+    if unknown:
+        raise ValueError(
+            f"params has no leaf {', '.join(map(repr, unknown))}, which opt_state averages; it has "
+            f"{', '.join(map(repr, leaf_names(params)))}. Pass the parameters that tx.init was "
+            "given."
+        )
+    for path, p in zip(paths, jax.tree.leaves(params, is_leaf=is_none), strict=True):
+        if shadows.get(path) is not None:
+            check_shape("/".join(path), **{"the average": shadows[path], "params": p})
+    return [shadows.get(path) for path in paths]
+
+
+def _listed(found: dict[str, EmaState]) -> str:
+    return ", ".join(map(repr, found))

@@ -1,0 +1,210 @@
+"""Names: of parameters, of TF1's variables in a state, and of leaves by pattern.
+
+A state of emaopt is exactly TF1's variables, so its *name tree* has one TF1 name at every leaf:
+`conv/kernel/Adam_1`, `beta1_power`, `conv/kernel/ExponentialMovingAverage`, `global_step`.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from ._ema import EmaState
+from ._optimizers import OptimizerState
+from ._tree import Tree, check_unique, is_inexact, is_none, leaf_names
+
+
+# TF1's name for the slots of an optimizer, by its slot names in TF1's order of creation
+_OPTIMIZERS = {
+    (): "GradientDescent",
+    ("momentum",): "Momentum",
+    ("accumulator",): "Adagrad",
+    ("accum", "accum_update"): "Adadelta",
+    ("m", "v"): "Adam",
+    ("accum", "linear"): "Ftrl",
+    ("rms", "momentum"): "RMSProp",
+    ("rms", "mg", "momentum"): "RMSProp",
+}
+_AVERAGE = "ExponentialMovingAverage"
+_STEP = "global_step"
+
+
+def names(tree: Tree) -> Tree:
+    """The tree with its name at every leaf: key path, joined with a slash.
+
+    In an emaopt state, TF1's variable names: `w/Adam`, `w/Adam_1`, `beta1_power`, `global_step`
+    (the steps of all states are TF1's one global step), `w/ExponentialMovingAverage`. As in TF1, a
+    second variable of one name gets `_1`.
+
+    >>> names({"conv": {"kernel": 1.0, "bias": 2.0}})
+    {'conv': {'bias': 'conv/bias', 'kernel': 'conv/kernel'}}
+    >>> import emaopt, jax.numpy as jnp
+    >>> names(emaopt.adam().init({"w": jnp.zeros(2)})).slots
+    {'m': {'w': 'w/Adam'}, 'v': {'w': 'w/Adam_1'}}
+    """
+    taken: Counter[str] = Counter()
+
+    def unique(name: str) -> str:
+        taken[name] += 1
+        return name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+
+    nodes, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)
+    if not any(_is_state(node) for _, node in nodes):
+        return _plain(tree)
+    plain = iter(
+        leaf_names(jax.tree.unflatten(treedef, [None if _is_state(n) else n for _, n in nodes]))
+    )
+    named = []
+    for _, node in nodes:
+        path = next(plain)
+        if isinstance(node, EmaState):
+            shadow = jax.tree.map(lambda n: unique(average_name(n)), _plain(node.shadow))
+            named.append(EmaState(_steps(node.step), shadow))
+        elif isinstance(node, OptimizerState):
+            named.append(_optimizer_names(node, unique))
+        else:
+            named.append(None if node is None else path)
+    return treedef.unflatten(named)
+
+
+def _optimizer_names(state: OptimizerState, unique: Callable[[str], str]) -> OptimizerState:
+    declared = next(s for s in _OPTIMIZERS if set(s) == set(state.slots))
+    powers = {name: unique(name) for name in sorted(state.powers)}
+    plain = {slot: _plain(state.slots[slot]) for slot in declared}
+    slots = {
+        slot: jax.tree.map(lambda n: unique(f"{n}/{_OPTIMIZERS[declared]}"), plain[slot])
+        for slot in declared
+    }
+    return OptimizerState(_steps(state.step), powers, {slot: slots[slot] for slot in state.slots})
+
+
+def _steps(step: Any) -> Any:
+    return jax.tree.map(lambda _: _STEP, step)
+
+
+def _plain(tree: Tree) -> Tree:
+    """The names by key path, absent leaves absent; two of the same name are an error."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
+    found = leaf_names(tree)
+    check_unique(found, leaves)
+    return treedef.unflatten(
+        [None if x is None else name for name, x in zip(found, leaves, strict=True)]
+    )
+
+
+def _is_state(node: Any) -> bool:
+    return node is None or isinstance(node, (EmaState, OptimizerState))
+
+
+def average_name(name: str) -> str:
+    """The name under which TF1 keeps the average of a variable.
+
+    >>> average_name("conv/kernel")
+    'conv/kernel/ExponentialMovingAverage'
+    """
+    return f"{name}/{_AVERAGE}"
+
+
+def matching(pattern: str) -> Callable[[Tree], Tree]:
+    """A mask function: true where the regular expression is found in the leaf's name.
+
+    For `optax.masked` and for `var_list`.
+
+    >>> matching("kernel$")({"conv": {"kernel": 1.0, "bias": 2.0}})
+    {'conv': {'bias': False, 'kernel': True}}
+    """
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}.") from None
+    return lambda tree: jax.tree.map(lambda name: bool(found.search(name)), _plain(tree))
+
+
+def slot_names(opt_state: Tree) -> list[str]:
+    """The names of all slots in the state, sorted. TF1's `get_slot_names`.
+
+    >>> import emaopt, jax.numpy as jnp
+    >>> slot_names(emaopt.rmsprop(0.1).init(jnp.zeros(2)))
+    ['momentum', 'rms']
+    """
+    return sorted({name for state in _states(opt_state, OptimizerState) for name in state.slots})
+
+
+def slot(opt_state: Tree, name: str) -> Tree:
+    """One slot of all parameters: a tree like the parameters. TF1's `get_slot`.
+
+    >>> import emaopt, jax.numpy as jnp
+    >>> slot(emaopt.adagrad(0.1).init({"w": jnp.zeros(1)}), "accumulator")
+    {'w': Array([0.1], dtype=float32)}
+    """
+    known = slot_names(opt_state)
+    holders = [s.slots[name] for s in _states(opt_state, OptimizerState) if name in s.slots]
+    if not holders:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"name={name!r} is not a slot.{hint} There are: {known}.")
+    if len(holders) > 1:
+        raise ValueError(
+            f"name={name!r} is a slot of {len(holders)} optimizers in this state. Pass the state "
+            "of one of them."
+        )
+    return holders[0]
+
+
+def global_step(opt_state: Tree) -> jax.Array:
+    """The number of updates so far, int32 []. TF1's `get_global_step`.
+
+    >>> import emaopt, jax.numpy as jnp
+    >>> global_step(emaopt.adagrad(0.1).init(jnp.zeros(1)))
+    Array(0, dtype=int32)
+    """
+    states = _states(opt_state, OptimizerState) or _states(opt_state, EmaState)
+    if not states:
+        raise ValueError(
+            "opt_state has no step: it holds neither an optimizer nor an average of emaopt."
+        )
+    return states[0].step
+
+
+def variables_to_restore(
+    params: Tree, opt_state: Tree = None, moving_average_variables: Iterable[str] | None = None
+) -> dict[str, str]:
+    """What to read for evaluation: name in the checkpoint -> name of the variable it goes into.
+
+    A variable in `moving_average_variables` (names; by default every floating-point leaf of
+    `params`) is read from its average, every other one from itself. As in TF1, the averages are
+    expected whether the state has them or not. TF1's method of that name.
+
+    >>> variables_to_restore({"w": 1.0, "steps": 7})
+    {'w/ExponentialMovingAverage': 'w', 'steps': 'steps'}
+    """
+    leaves = jax.tree.leaves(params)
+    own = jax.tree.leaves(_plain(params))
+    everything = own + jax.tree.leaves(names(opt_state))
+    if moving_average_variables is None:
+        averaged = [name for name, leaf in zip(own, leaves, strict=True) if is_inexact(leaf)]
+    else:
+        if isinstance(moving_average_variables, str):
+            raise ValueError(
+                f"moving_average_variables={moving_average_variables!r} is one string. "
+                "Pass a list of names."
+            )
+        averaged = list(moving_average_variables)
+    for name in averaged:
+        if name not in everything:
+            close = difflib.get_close_matches(name, everything, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"moving_average_variables: there is no variable {name!r}.{hint}")
+    restored = {average_name(name): name for name in averaged}
+    for name in everything:
+        if name not in averaged:
+            restored.setdefault(name, name)
+    return restored
+
+
+def _states(opt_state: Tree, kind: type) -> list:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [node for node in nodes if isinstance(node, kind)]

@@ -1,0 +1,278 @@
+"""Functions of the step.
+
+A *schedule* gives a learning rate and sees the number of updates before this one: 0, 1, ...
+A *decay* gives the share of an average that one update keeps and sees the number of updates
+with this one: t = 1, 2, ... What the average computes with is `rate = 1 - decay`, and near 1 the
+subtraction is where float32 loses everything: `1 - (1 - 1/t)` is 19 % off at t = 1e7. So a decay
+of emaopt's own is a `Decay`: a function of t that is made from its rate. Any other function
+`t -> decay` will do too, and a number is a constant decay.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from ._tree import is_concrete
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """A decay made from its rate: `decay(t) = 1 - rate(t)`.
+
+    `rate(t)` is what one update takes from the new value. `over(t, n)` is what n updates in a row
+    take, the last of them at t: 1 - decay(t) * ... * decay(t-n+1). All three are float32 scalars.
+    """
+
+    rate: Callable[[ArrayLike], Any]
+    over: Callable[[ArrayLike, ArrayLike], Any]
+    exact: bool = True  # False: `over` takes the decay for constant over the n updates
+
+    def __call__(self, t: ArrayLike):
+        return 1 - self.rate(t)
+
+
+DecayLike = float | ArrayLike | Callable[[ArrayLike], Any]
+
+
+def as_decay(decay: DecayLike) -> Decay:
+    """What an average computes with.
+
+    A number or a function of the user's is TF1's float32 arithmetic, rate = 1 - float32(decay).
+    """
+    if isinstance(decay, Decay):
+        return decay
+    if callable(decay):
+        _check_function(decay)
+        return _pointwise(lambda t: 1 - jnp.asarray(decay(t)).astype(jnp.float32))
+    _check("decay", decay, lambda d: 0 <= d <= 1, "a number from 0 to 1")
+    rate = np.float32(1) - np.float32(decay) if is_concrete(decay) else 1 - _float(decay)
+    return Decay(lambda t: rate, lambda t, n: _power(jnp.log1p(-rate), n), exact=True)
+
+
+def warmup(decay: DecayLike) -> Decay:
+    """TF1's `num_updates`: a decay that starts low, `min(decay, (1 + t) / (10 + t))`.
+
+    In TF1's float32 arithmetic. The first update of a run, t = 1, keeps 2/11.
+
+    >>> [round(float(warmup(0.3)(t)), 4) for t in (1, 2, 3, 4)]
+    [0.1818, 0.25, 0.3, 0.3]
+    """
+    inner = as_decay(decay)
+    # 1 - min(a, b) is max(1 - a, 1 - b), also after rounding, so TF1's number comes out
+    ramp = lambda t: 1 - (1 + _float(t)) / (10 + _float(t))
+    return _pointwise(lambda t: jnp.maximum(inner.rate(t), ramp(t)))
+
+
+def debiased(decay: DecayLike) -> Decay:
+    """Adam's and TF1's zero-debiasing as a decay: the average forgets where it started.
+
+    `rate(t) = (1 - decay) / (1 - decay**t)`: the same numbers as an average that starts at zero
+    and is divided by `1 - decay**t`. The first update keeps nothing.
+
+    `decay` is a number below 1 or a decay whose product over all updates is known (`half_life`,
+    `power`, `every`, `after`); the product of a ramp or of a function is not.
+
+    >>> [round(float(debiased(0.5)(t)), 4) for t in (1, 2, 3)]
+    [0.0, 0.3333, 0.4286]
+    """
+    inner = _own(decay)
+    if not inner.exact:
+        raise ValueError(
+            f"decay={decay!r}: debiased needs the product of all decays so far, which is not known "
+            "for a function or a ramp. Pass a number; a ramp needs no debiasing."
+        )
+    if not callable(decay):
+        _check("decay", decay, lambda d: 0 <= d < 1, "a number from 0 to below 1")
+
+    def over(t, n):
+        t = jnp.maximum(_float(t), _float(n))
+        return inner.over(t, n) / inner.over(t, t)
+
+    return Decay(lambda t: over(t, 1), over)
+
+
+def power(gamma: float) -> Decay:
+    """The power-function average of EDM2: update t keeps `((t - 1) / t)**(gamma + 1)`.
+
+    The weight of a past value grows as its step to the power `gamma`: the average gets longer as
+    training does. `power(0)` is the plain mean of all values (Polyak averaging, SWA). The first
+    update keeps nothing. Karras et al., arXiv:2312.02696.
+
+    >>> [round(float(power(0)(t)), 4) for t in (1, 2, 3, 4)]
+    [0.0, 0.5, 0.6667, 0.75]
+    """
+    _check("gamma", gamma, lambda g: g > -1, "a number above -1")
+
+    def over(t, n):
+        t, n = _float(t), _float(n)
+        return _power((_float(gamma) + 1) * jnp.log1p(-n / jnp.maximum(t, n)), 1)
+
+    return Decay(lambda t: over(t, 1), over)
+
+
+def inverse_gamma(
+    inv_gamma: float = 1.0, power: float = 2 / 3, minimum: float = 0.0, maximum: float = 0.9999
+) -> Decay:
+    """The warm-up of diffusion models: `1 - (1 + t / inv_gamma)**-power`, from minimum to maximum.
+
+    `power=2/3` reaches 0.999 at 31.6 thousand updates, `power=3/4` at 10 thousand. Crowson's
+    k-diffusion; diffusers' `use_ema_warmup`, timm's `use_warmup`.
+
+    >>> [round(float(inverse_gamma(power=1.0)(t)), 4) for t in (1, 2, 3)]
+    [0.5, 0.6667, 0.75]
+    """
+    _check("inv_gamma", inv_gamma, lambda x: x > 0, "a number above 0")
+    _check("power", power, lambda x: x > 0, "a number above 0")
+    _check("minimum", minimum, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    _check("maximum", maximum, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    if is_concrete(minimum) and is_concrete(maximum) and minimum > maximum:
+        raise ValueError(f"minimum={minimum} is above maximum={maximum}. Swap them.")
+
+    def rate(t):
+        free = jnp.exp(-_float(power) * jnp.log1p(_float(t) / _float(inv_gamma)))
+        return jnp.clip(free, _float(1 - maximum), _float(1 - minimum))
+
+    return _pointwise(rate)
+
+
+def half_life(updates: float) -> Decay:
+    """The decay `0.5**(1 / updates)`: after so many updates a value counts half.
+
+    >>> float(half_life(1)(7)), round(float(half_life(2)(7)) ** 2, 4)
+    (0.5, 0.5)
+    """
+    _check("updates", updates, lambda x: x > 0, "a number above 0")
+    log = -math.log(2) / updates
+    return Decay(lambda t: _power(log, 1), lambda t, n: _power(log, n))
+
+
+def every(n: int, decay: DecayLike) -> Decay:
+    """An average that takes a value every n updates and keeps its length.
+
+    `decay(t) = 1` except at t = n, 2n, ..., where it is the decay over n updates: `decay**n` for a
+    constant, `((t - n) / t)**(gamma + 1)` for `power`.
+
+    >>> [round(float(every(2, 0.9)(t)), 4) for t in (1, 2, 3, 4)]
+    [1.0, 0.81, 1.0, 0.81]
+    """
+    _check("n", n, lambda x: x >= 1 and x == int(x), "a whole number, 1 or more")
+    if is_concrete(n) and n == 1:
+        return as_decay(decay)
+    inner = _own(decay)
+
+    def over(t, k):
+        last, first = t // n * n, (t - k) // n * n
+        taken = inner.over(jnp.maximum(last, 1), last - first)
+        return jnp.where(last > first, taken, 0).astype(jnp.float32)
+
+    return Decay(lambda t: over(t, 1), over, inner.exact)
+
+
+def after(start: int, decay: DecayLike) -> Decay:
+    """Copies for the first `start` updates; then `decay`, whose own t begins at 1.
+
+    `after(start, power(0))` is SWA: the mean of everything that comes after `start`.
+
+    >>> [round(float(after(2, power(0))(t)), 4) for t in (1, 2, 3, 4, 5)]
+    [0.0, 0.0, 0.0, 0.5, 0.6667]
+    """
+    _check("start", start, lambda x: x >= 0, "0 or more")
+    inner = _own(decay)
+    copy = lambda t, now: jnp.where(t <= start, 1, now).astype(jnp.float32)
+    own = lambda t, n: jnp.maximum(t - start, n)
+    return Decay(
+        lambda t: copy(t, inner.rate(own(t, 1))),
+        lambda t, n: copy(t - n + 1, inner.over(own(t, n), n)),
+        inner.exact,
+    )
+
+
+def exponential_decay(
+    learning_rate: ArrayLike,
+    decay_steps: ArrayLike,
+    decay_rate: ArrayLike,
+    staircase: bool = False,
+) -> optax.Schedule:
+    """TF1's schedule: `learning_rate * decay_rate**(step / decay_steps)`.
+
+    With `staircase` the quotient is rounded down, in whole numbers: step `k * decay_steps` is on
+    stair k, for every `decay_steps`. (TF1, and a jitted float quotient, are one step late for one
+    `decay_steps` in eight.) The result has the dtype of `learning_rate`.
+
+    >>> [round(float(exponential_decay(1.0, 2, 0.25)(step)), 4) for step in (0, 1, 2)]
+    [1.0, 0.5, 0.25]
+    >>> [round(float(exponential_decay(1.0, 2, 0.25, True)(step)), 4) for step in (0, 1, 2)]
+    [1.0, 1.0, 0.25]
+    """
+    _check("decay_steps", decay_steps, lambda x: x > 0, "a number above 0")
+    _check("decay_rate", decay_rate, lambda x: x >= 0, "0 or more")
+
+    def schedule(step):
+        rate = jnp.asarray(learning_rate)
+        rate = rate if jnp.issubdtype(rate.dtype, jnp.floating) else rate.astype(jnp.float32)
+        step, every = jnp.asarray(step), jnp.asarray(decay_steps)
+        if not staircase:
+            stair = step.astype(rate.dtype) / every.astype(rate.dtype)
+        elif jnp.issubdtype(every.dtype, jnp.integer) and jnp.issubdtype(step.dtype, jnp.integer):
+            stair = step // every.astype(step.dtype)
+        else:  # the float remainder is exact, so this quotient is too
+            stair = jnp.floor_divide(step.astype(rate.dtype), every.astype(rate.dtype))
+        return rate * jnp.power(
+            jnp.asarray(decay_rate).astype(rate.dtype), stair.astype(rate.dtype)
+        )
+
+    return schedule
+
+
+def _own(decay: DecayLike) -> Decay:
+    """The decay inside one of emaopt's own: a number is what the user wrote, not its float32."""
+    if callable(decay) or not is_concrete(decay):
+        return as_decay(decay)
+    _check("decay", decay, lambda d: 0 <= d <= 1, "a number from 0 to 1")
+    rate, log = 1 - float(decay), math.log(decay) if decay else -math.inf
+    return Decay(lambda t: np.float32(rate), lambda t, n: _power(log, n))
+
+
+def _pointwise(rate: Callable) -> Decay:
+    return Decay(rate, lambda t, n: _power(jnp.log1p(-rate(t)), n), exact=False)
+
+
+def _power(log, n):
+    """1 - exp(log)**n, without the subtraction."""
+    return -jnp.expm1(_float(n) * _float(log))
+
+
+def _float(x):
+    return jnp.asarray(x).astype(jnp.float32)
+
+
+def _check(name: str, value, good: Callable, wanted: str) -> None:
+    if is_concrete(value) and not np.all(good(np.asarray(value))):
+        raise ValueError(f"{name}={value} is out of range. Pass {wanted}.")
+
+
+def _check_function(decay: Callable) -> None:
+    """Try a function of the user's at small and large t, and under a trace."""
+    try:
+        jax.eval_shape(decay, jax.ShapeDtypeStruct((), jnp.int32))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
+        raise ValueError(
+            "decay is a function that looks at the value of t in Python, so it cannot be jitted. "
+            "Use jnp.where(t < ..., a, b) instead of `if`."
+        ) from error
+    for t in (1, 2, 3, 10, 100, 1000, 10**4, 10**5, 10**6):
+        with jax.ensure_compile_time_eval():
+            value = decay(jnp.int32(t))
+        if not is_concrete(value):
+            return
+        if np.shape(value) != ():
+            raise ValueError(f"decay(t) has shape {np.shape(value)} at t={t}. Return a scalar.")
+        if not 0 <= float(value) <= 1:
+            raise ValueError(f"decay(t) is {float(value)} at t={t}. Return a number from 0 to 1.")

@@ -1,0 +1,155 @@
+"""The tree conventions, each one function.
+
+* `None` is an absent leaf: a gradient that was not asked for, a bound that is not set. `tree_map`
+  leaves it absent.
+* State is never narrower than float32 unless the user asks: `wide`.
+* A leaf is named by its key path, joined with a slash: `leaf_names`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+Tree = Any
+
+
+def is_none(x) -> bool:
+    """Whether a node is an absent leaf."""
+    return x is None
+
+
+def zip_leaves(**trees: Tree) -> tuple[list[tuple], Any]:
+    """The leaves of several trees side by side, and the structure of the first tree.
+
+    The keywords are the names that an error uses. A leaf may be `None` in any tree.
+    """
+    (first, tree), *others = trees.items()
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
+    columns = [leaves]
+    for name, other in others:
+        try:
+            columns.append(treedef.flatten_up_to(other))
+        except (ValueError, TypeError) as error:
+            raise ValueError(_mismatch(first, tree, name, other, error)) from None
+    return list(zip(*columns, strict=True)), treedef
+
+
+def tree_map(f: Callable, **trees: Tree) -> Tree:
+    """`f` of the leaves side by side; absent where the leaf of the first tree is absent."""
+    rows, treedef = zip_leaves(**trees)
+    return treedef.unflatten([None if row[0] is None else f(*row) for row in rows])
+
+
+def _mismatch(first: str, tree: Tree, name: str, other: Tree, error: Exception) -> str:
+    ours, theirs = set(leaf_names(tree)), set(leaf_names(other))
+    only = [
+        f"only in {where}: {', '.join(sorted(names))}"
+        for where, names in ((first, ours - theirs), (name, theirs - ours))
+        if names
+    ]
+    return (
+        f"{name} does not have the tree structure of {first}: "
+        + ("; ".join(only) or str(error))
+        + f". Pass {first} and {name} made from the same parameters."
+    )
+
+
+def check_shape(leaf: str, **arrays) -> None:
+    """Raise unless all arrays have the shape of the first; absent ones are not compared."""
+    (first, array), *others = arrays.items()
+    for name, other in others:
+        if other is not None and np.shape(other) != np.shape(array):
+            raise ValueError(
+                f"{name} has shape {np.shape(other)} at leaf {leaf!r} where {first} has "
+                f"{np.shape(array)}. Pass {first} and {name} made from the same parameters."
+            )
+
+
+def is_inexact(x) -> bool:
+    """Whether a leaf holds floating-point or complex numbers: no integer, boolean or key."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def wide(dtype) -> np.dtype:
+    """The dtype of state and arithmetic for values of `dtype`: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def is_concrete(x) -> bool:
+    """Whether a value is known now, so that it can be checked: a number or array, not traced."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def scalar(x, dtype):
+    """A hyper-parameter rounded to `dtype` before anything is computed with it."""
+    return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)[()]
+
+
+def apply_update(p, u):
+    """One parameter after its update, rounded as `optax.apply_updates` rounds it.
+
+    An absent update (`None`, or the float0 that JAX gives integers) leaves the parameter.
+    """
+    if u is None or getattr(u, "dtype", None) == jax.dtypes.float0:
+        return p
+    if jnp.issubdtype(jnp.result_type(p), jax.dtypes.prng_key):
+        return p
+    return optax.apply_updates(p, u)
+
+
+def leaf_names(tree: Tree) -> list[str]:
+    """The name of every leaf, absent ones too, in flattening order: `conv/kernel`."""
+    return ["/".join(path) for path in leaf_paths(tree)]
+
+
+def leaf_paths(tree: Tree) -> list[tuple[str, ...]]:
+    """The key path of every leaf as strings; an NNX Variable's own `value` is not part of it."""
+    keyed = jax.tree_util.tree_flatten_with_path
+    variables = {
+        keys
+        for keys, node in keyed(tree, is_leaf=lambda x: x is None or _is_variable(x))[0]
+        if _is_variable(node)
+    }
+    return [
+        tuple(map(key_name, keys[:-1] if keys[:-1] in variables else keys))
+        for keys, _ in keyed(tree, is_leaf=is_none)[0]
+    ]
+
+
+def _is_variable(x) -> bool:
+    return any(
+        base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
+        for base in type(x).__mro__
+    )
+
+
+def key_name(key) -> str:
+    """One step of a key path: a dict key, a position or a field."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def check_unique(names: Iterable[str], leaves: Iterable[Any]) -> None:
+    """Raise if two leaves have the same name, showing both."""
+    seen: dict[str, Any] = {}
+    for name, leaf in zip(names, leaves, strict=True):
+        if name in seen:
+            raise ValueError(
+                f"two leaves are named {name!r}: {describe(seen[name])} and {describe(leaf)}. "
+                "Rename one: a '/' inside a dict key collides with nesting."
+            )
+        seen[name] = leaf
+
+
+def describe(leaf) -> str:
+    """A leaf in an error message: dtype and shape."""
+    if hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return repr(leaf)
