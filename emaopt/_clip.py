@@ -136,8 +136,9 @@ def global_norm(tree: Tree) -> jax.Array:
     Array(5., dtype=float32)
     """
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-    dtype = wide(jnp.result_type(*leaves)) if leaves else jnp.float32
-    squares = [jnp.sum(jnp.square(x.astype(wide(x.dtype)))).astype(dtype) for x in leaves]
+    leaves = [x.astype(wide(x.dtype)) for x in leaves]
+    dtype = max((x.dtype for x in leaves), key=lambda d: d.itemsize, default=jnp.float32)
+    squares = [jnp.sum(x * x).astype(dtype) for x in leaves]
     return _norm(sum(squares, jnp.zeros((), dtype)))
 
 
@@ -146,7 +147,7 @@ def _norm(squares):
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares)
 
 
-def _nonzero(x, instead=1):
+def _nonzero(x, instead: Any = 1):
     return jnp.where(x == 0, instead, x)
 
 

@@ -80,7 +80,7 @@ def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> Moving
         return EmaState(jnp.zeros((), jnp.int32), shadow)
 
     def update(values, state, num_updates=None):
-        step = optax.safe_increment(state.step)
+        step = jnp.asarray(optax.safe_increment(state.step))
         rate = decay.rate(step if num_updates is None else num_updates)
         rows, treedef = zip_leaves(values=values, **{"state.shadow": state.shadow})
         names = leaf_names(values)

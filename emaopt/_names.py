@@ -72,7 +72,7 @@ def names(tree: Tree) -> Tree:
 
 def _optimizer_names(state: OptimizerState, unique: Callable[[str], str]) -> OptimizerState:
     declared = next(s for s in _OPTIMIZERS if set(s) == set(state.slots))
-    powers = {name: unique(name) for name in sorted(state.powers)}
+    powers: dict[str, Any] = {name: unique(name) for name in sorted(state.powers)}
     plain = {slot: _plain(state.slots[slot]) for slot in declared}
     slots = {
         slot: jax.tree.map(lambda n: unique(f"{n}/{_OPTIMIZERS[declared]}"), plain[slot])

@@ -11,7 +11,7 @@ checked. Every optimizer takes a learning rate that is a number or a schedule, a
 number of updates before this one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -156,9 +156,15 @@ def adam(
         v = v + (g * g - v) * (1 - beta2)
         return -(m * alpha / (jnp.sqrt(v) + epsilon)), m, v
 
-    hyper = {"learning_rate": learning_rate, "beta1": beta1, "beta2": beta2, "epsilon": epsilon}
-    powers = {"beta1_power": beta1, "beta2_power": beta2}
-    return _optimizer(rule, {"m": 0.0, "v": 0.0}, powers, **hyper)
+    return _optimizer(
+        rule,
+        {"m": 0.0, "v": 0.0},
+        powers={"beta1_power": beta1, "beta2_power": beta2},
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        epsilon=epsilon,
+    )
 
 
 def ftrl(
@@ -194,7 +200,7 @@ def ftrl(
 
     def rule(g, p, accum, linear, *, learning_rate, power, l1, l2, shrinkage):
         n = accum + g * g
-        root, old_root = _root(n, power), _root(accum, power)
+        root, old_root = _root(n, -power), _root(accum, -power)
         linear = linear + (g + 2 * shrinkage * p - (root - old_root) / learning_rate * p)
         quadratic = root / learning_rate + 2 * l2
         new_p = jnp.where(jnp.abs(linear) > l1, (l1 * jnp.sign(linear) - linear) / quadratic, 0)
@@ -205,7 +211,7 @@ def ftrl(
         {"accum": initial_accumulator_value, "linear": 0.0},
         needs_params="Ftrl computes the parameter anew",
         learning_rate=learning_rate,
-        power=-learning_rate_power,
+        power=learning_rate_power,
         l1=l1_regularization_strength,
         l2=l2_regularization_strength,
         shrinkage=l2_shrinkage_regularization_strength,
@@ -242,7 +248,7 @@ def rmsprop(
         mom = mom * momentum + g * learning_rate / jnp.sqrt(rms - mg * mg + epsilon)
         return -mom, rms, mg, mom
 
-    hyper = {"decay": decay, "momentum": momentum, "epsilon": epsilon}
+    hyper: dict[str, Any] = {"decay": decay, "momentum": momentum, "epsilon": epsilon}
     if centered:
         slots = {"rms": 1.0, "mg": 0.0, "momentum": 0.0}
         return _optimizer(centered_rule, slots, learning_rate=learning_rate, **hyper)
@@ -252,8 +258,8 @@ def rmsprop(
 
 def _optimizer(
     rule: Callable,
-    slots: dict[str, ArrayLike],
-    powers: dict[str, ArrayLike] | None = None,
+    slots: Mapping[str, Any],
+    powers: Mapping[str, Any] | None = None,
     *,
     needs_params: str = "",
     **hyper: Any,
@@ -303,7 +309,7 @@ def _optimizer(
             treedef.unflatten([column[i] for column in columns]) for i in range(1 + len(slots))
         )
         return new_updates, OptimizerState(
-            step=optax.safe_increment(state.step),
+            step=jnp.asarray(optax.safe_increment(state.step)),
             powers={
                 name: power * scalar(powers[name], power.dtype)
                 for name, power in state.powers.items()
@@ -318,7 +324,7 @@ def _slot(p, start: ArrayLike) -> jax.Array:
     """A slot at its start value, sharded as its parameter is, also when made under jit."""
     p = jnp.asarray(p)
     slot = jnp.full_like(p, scalar(start, wide(p.dtype)), dtype=wide(p.dtype))
-    return shard_alike(p, slot)[1] if isinstance(p, jax.core.Tracer) else slot
+    return slot if is_concrete(p) else shard_alike(p, slot)[1]
 
 
 def _root(n, q):

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ._tree import is_concrete
+from ._tree import is_concrete, scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +27,18 @@ class Decay:
     """A decay made from its rate: `decay(t) = 1 - rate(t)`.
 
     `rate(t)` is what one update takes from the new value. `over(t, n)` is what n updates in a row
-    take, the last of them at t: 1 - decay(t) * ... * decay(t-n+1). All three are float32 scalars.
+    take, the last of them at t: 1 - decay(t) * ... * decay(t-n+1).
     """
 
-    rate: Callable[[ArrayLike], Any]
-    over: Callable[[ArrayLike, ArrayLike], Any]
+    rate: Callable[[Any], Any]
+    over: Callable[[Any, Any], Any]
     exact: bool = True  # False: `over` takes the decay for constant over the n updates
 
-    def __call__(self, t: ArrayLike):
+    def __call__(self, t: Any) -> Any:
         return 1 - self.rate(t)
 
 
-DecayLike = float | ArrayLike | Callable[[ArrayLike], Any]
+DecayLike = float | jax.Array | Callable[[Any], Any]
 
 
 def as_decay(decay: DecayLike) -> Decay:
@@ -52,8 +52,8 @@ def as_decay(decay: DecayLike) -> Decay:
         _check_function(decay)
         return _pointwise(lambda t: 1 - jnp.asarray(decay(t)).astype(jnp.float32))
     _check("decay", decay, lambda d: 0 <= d <= 1, "a number from 0 to 1")
-    rate = np.float32(1) - np.float32(decay) if is_concrete(decay) else 1 - _float(decay)
-    return Decay(lambda t: rate, lambda t, n: _power(jnp.log1p(-rate), n), exact=True)
+    rate = 1 - scalar(decay, jnp.float32)
+    return Decay(lambda t: rate, lambda t, n: _power(jnp.log1p(-rate), n))
 
 
 def warmup(decay: DecayLike) -> Decay:
@@ -65,9 +65,13 @@ def warmup(decay: DecayLike) -> Decay:
     [0.1818, 0.25, 0.3, 0.3]
     """
     inner = as_decay(decay)
+
     # 1 - min(a, b) is max(1 - a, 1 - b), also after rounding, so TF1's number comes out
-    ramp = lambda t: 1 - (1 + _float(t)) / (10 + _float(t))
-    return _pointwise(lambda t: jnp.maximum(inner.rate(t), ramp(t)))
+    def rate(t):
+        n = jnp.asarray(t).astype(jnp.float32)
+        return jnp.maximum(_float(inner.rate(t)), _float(1 - (1 + n) / (10 + n)))
+
+    return _pointwise(rate)
 
 
 def debiased(decay: DecayLike) -> Decay:
@@ -169,8 +173,7 @@ def every(n: int, decay: DecayLike) -> Decay:
 
     def over(t, k):
         last, first = t // n * n, (t - k) // n * n
-        taken = inner.over(jnp.maximum(last, 1), last - first)
-        return jnp.where(last > first, taken, 0).astype(jnp.float32)
+        return jnp.where(last > first, inner.over(jnp.maximum(last, 1), last - first), 0)
 
     return Decay(lambda t: over(t, 1), over, inner.exact)
 
@@ -185,7 +188,7 @@ def after(start: int, decay: DecayLike) -> Decay:
     """
     _check("start", start, lambda x: x >= 0, "0 or more")
     inner = _own(decay)
-    copy = lambda t, now: jnp.where(t <= start, 1, now).astype(jnp.float32)
+    copy = lambda t, now: jnp.where(t <= start, 1, now)
     own = lambda t, n: jnp.maximum(t - start, n)
     return Decay(
         lambda t: copy(t, inner.rate(own(t, 1))),
@@ -204,7 +207,7 @@ def exponential_decay(
 
     With `staircase` the quotient is rounded down, in whole numbers: step `k * decay_steps` is on
     stair k, for every `decay_steps`. (TF1, and a jitted float quotient, are one step late for one
-    `decay_steps` in eight.) The result has the dtype of `learning_rate`.
+    `decay_steps` in eight.) In the dtype of `learning_rate`; for a Python number, float32.
 
     >>> [round(float(exponential_decay(1.0, 2, 0.25)(step)), 4) for step in (0, 1, 2)]
     [1.0, 0.5, 0.25]
@@ -215,18 +218,16 @@ def exponential_decay(
     _check("decay_rate", decay_rate, lambda x: x >= 0, "0 or more")
 
     def schedule(step):
-        rate = jnp.asarray(learning_rate)
-        rate = rate if jnp.issubdtype(rate.dtype, jnp.floating) else rate.astype(jnp.float32)
-        step, every = jnp.asarray(step), jnp.asarray(decay_steps)
+        dtype = getattr(learning_rate, "dtype", jnp.float32)
+        rate, base = scalar(learning_rate, dtype), scalar(decay_rate, dtype)
+        step, stair = jnp.asarray(step), jnp.asarray(decay_steps)
         if not staircase:
-            stair = step.astype(rate.dtype) / every.astype(rate.dtype)
-        elif jnp.issubdtype(every.dtype, jnp.integer) and jnp.issubdtype(step.dtype, jnp.integer):
-            stair = step // every.astype(step.dtype)
-        else:  # the float remainder is exact, so this quotient is too
-            stair = jnp.floor_divide(step.astype(rate.dtype), every.astype(rate.dtype))
-        return rate * jnp.power(
-            jnp.asarray(decay_rate).astype(rate.dtype), stair.astype(rate.dtype)
-        )
+            # times the reciprocal, as TF1's graph optimizer and XLA have it: the same op by op
+            return rate * jnp.power(base, step.astype(dtype) * (1 / scalar(decay_steps, dtype)))
+        if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (step, stair)):
+            # the remainder of floats is exact, so their floor is too
+            step, stair = step.astype(dtype), stair.astype(dtype)
+        return rate * jnp.power(base, (step // stair.astype(step.dtype)).astype(dtype))
 
     return schedule
 
@@ -236,8 +237,9 @@ def _own(decay: DecayLike) -> Decay:
     if callable(decay) or not is_concrete(decay):
         return as_decay(decay)
     _check("decay", decay, lambda d: 0 <= d <= 1, "a number from 0 to 1")
-    rate, log = 1 - float(decay), math.log(decay) if decay else -math.inf
-    return Decay(lambda t: np.float32(rate), lambda t, n: _power(log, n))
+    kept = float(decay)
+    rate, log = 1 - kept, math.log(kept) if kept else -math.inf
+    return Decay(lambda t: _float(rate), lambda t, n: _power(log, n))
 
 
 def _pointwise(rate: Callable) -> Decay:
@@ -250,7 +252,8 @@ def _power(log, n):
 
 
 def _float(x):
-    return jnp.asarray(x).astype(jnp.float32)
+    """In JAX's own precision: float32, or float64 where the user enabled it."""
+    return jnp.asarray(x).astype(float)
 
 
 def _check(name: str, value, good: Callable, wanted: str) -> None:

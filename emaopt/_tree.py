@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 
 Tree = Any
@@ -77,12 +78,13 @@ def is_inexact(x) -> bool:
 
 def wide(dtype) -> np.dtype:
     """The dtype of state and arithmetic for values of `dtype`: float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    enough = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
+    return jnp.dtype(dtype if enough else jnp.float32)
 
 
 def is_concrete(x) -> bool:
     """Whether a value is known now, so that it can be checked: a number or array, not traced."""
-    return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, Tracer)
 
 
 def scalar(x, dtype):
