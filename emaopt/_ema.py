@@ -96,7 +96,7 @@ def _lerp(name: str, x, s, rate):
         return s
     check_shape(name, values=x, **{"state.shadow": s})
     if not is_inexact(s):
-        return jnp.asarray(x).astype(s.dtype)
+        return x if x.dtype == s.dtype else jnp.asarray(x).astype(s.dtype)
     dtype = wide(s.dtype)
     old, x = s.astype(dtype), jnp.asarray(x).astype(dtype)
     new = old - (old - x) * jnp.asarray(rate).astype(dtype)
@@ -237,7 +237,7 @@ def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
     if not found:
         raise ValueError(
             "opt_state holds no average. Put emaopt.ema(decay) last in the optax.chain, and pass "
-            "the state that belongs to that chain."
+            "the state that belongs to that chain (of an nnx.Optimizer: optimizer.opt_state)."
         )
     if name is None:
         return found

@@ -62,7 +62,7 @@ def names(tree: Tree) -> Tree:
         path = next(plain)
         if isinstance(node, EmaState):
             shadow = jax.tree.map(lambda n: unique(average_name(n)), _plain(node.shadow))
-            named.append(EmaState(_steps(node.step), shadow))
+            named.append(EmaState(_all(node.step, _STEP), shadow))
         elif isinstance(node, OptimizerState):
             named.append(_optimizer_names(node, unique))
         else:
@@ -72,17 +72,18 @@ def names(tree: Tree) -> Tree:
 
 def _optimizer_names(state: OptimizerState, unique: Callable[[str], str]) -> OptimizerState:
     declared = next(s for s in _OPTIMIZERS if set(s) == set(state.slots))
-    powers: dict[str, Any] = {name: unique(name) for name in sorted(state.powers)}
-    plain = {slot: _plain(state.slots[slot]) for slot in declared}
+    kind = _OPTIMIZERS[declared]
+    powers = {name: _all(state.powers[name], unique(name)) for name in sorted(state.powers)}
     slots = {
-        slot: jax.tree.map(lambda n: unique(f"{n}/{_OPTIMIZERS[declared]}"), plain[slot])
+        slot: jax.tree.map(lambda name: unique(f"{name}/{kind}"), _plain(state.slots[slot]))
         for slot in declared
     }
-    return OptimizerState(_steps(state.step), powers, {slot: slots[slot] for slot in state.slots})
+    ordered = {slot: slots[slot] for slot in state.slots}
+    return OptimizerState(_all(state.step, _STEP), powers, ordered)
 
 
-def _steps(step: Any) -> Any:
-    return jax.tree.map(lambda _: _STEP, step)
+def _all(tree: Any, name: str) -> Any:
+    return jax.tree.map(lambda _: name, tree)
 
 
 def _plain(tree: Tree) -> Tree:
@@ -166,7 +167,7 @@ def global_step(opt_state: Tree) -> jax.Array:
         raise ValueError(
             "opt_state has no step: it holds neither an optimizer nor an average of emaopt."
         )
-    return states[0].step
+    return jax.tree.leaves(states[0].step)[0]
 
 
 def variables_to_restore(

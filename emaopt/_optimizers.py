@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.typing import ArrayLike
 
 from ._tree import (
@@ -324,7 +323,8 @@ def _slot(p, start: ArrayLike) -> jax.Array:
     """A slot at its start value, sharded as its parameter is, also when made under jit."""
     p = jnp.asarray(p)
     slot = jnp.full_like(p, scalar(start, wide(p.dtype)), dtype=wide(p.dtype))
-    return slot if is_concrete(p) else shard_alike(p, slot)[1]
+    # a constant has no sharding of its own; a select on the parameter takes the parameter's
+    return slot if is_concrete(p) else jnp.where(p == p, slot, slot)
 
 
 def _root(n, q):
