@@ -15,6 +15,7 @@ from ._clip import (
 from ._ema import (
     EmaState as EmaState,
     MovingAverage as MovingAverage,
+    SwappedEmaState as SwappedEmaState,
     average as average,
     averages as averages,
     ema as ema,

@@ -42,6 +42,18 @@ class EmaState(NamedTuple):
     shadow: Tree
 
 
+class SwappedEmaState(NamedTuple):
+    """What `swap` makes of an `EmaState`: the shadow holds the parameters.
+
+    A type of its own, with one leaf more (int8 []), so that a checkpoint shows that it was saved
+    swapped, and training on it, or restoring it as if it were not, fails.
+    """
+
+    step: jax.Array
+    shadow: Tree
+    emaopt_swapped: jax.Array | np.ndarray
+
+
 class MovingAverage(NamedTuple):
     """`init(values) -> EmaState`, `update(values, state, num_updates=None) -> EmaState`."""
 
@@ -80,6 +92,11 @@ def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> Moving
         return EmaState(jnp.zeros((), jnp.int32), shadow)
 
     def update(values, state, num_updates=None):
+        if isinstance(state, SwappedEmaState):
+            raise ValueError(
+                "opt_state is swapped: its shadow holds the parameters. Call "
+                "params, opt_state = emaopt.swap(params, opt_state) before training on."
+            )
         step = jnp.asarray(optax.safe_increment(state.step))
         rate = decay.rate(step if num_updates is None else num_updates)
         rows, treedef = zip_leaves(values=values, **{"state.shadow": state.shadow})
@@ -157,6 +174,11 @@ def average(params: Tree, opt_state: Tree, name: str | None = None) -> Tree:
     >>> average({"w": jnp.array([3.0])}, state)
     {'w': Array([1.], dtype=float32)}
     """
+    if any(isinstance(state, SwappedEmaState) for state in _choose(opt_state, name).values()):
+        raise ValueError(
+            "opt_state is swapped: the averages are in params. Evaluate params, or call "
+            "params, opt_state = emaopt.swap(params, opt_state) first."
+        )
     shadows = _shadow_of_each_leaf(params, opt_state, name)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
     return treedef.unflatten(
@@ -171,7 +193,8 @@ def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, 
     """The parameters and their average exchanged: `(averages, opt_state with the parameters)`.
 
     Nothing is computed or rounded: arrays (also abstract ones) change places, so swapping twice
-    gives back the same arrays. Leaves without an average stay. To save the averages under the
+    gives back the same arrays. Leaves without an average stay. The swapped average is marked
+    (`SwappedEmaState`): it cannot be trained on or averaged from by accident. To save the averages under the
     original names, save what `swap` returns; to go on training, load it and swap again. TF1's
     `MovingAverageOptimizer.swapping_saver`.
 
@@ -188,11 +211,17 @@ def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, 
     by_path = dict(zip(leaf_paths(params), leaves, strict=True))
     chosen = _choose(opt_state, name)
 
-    def exchange(state: EmaState) -> EmaState:
+    def exchange(state: EmaState | SwappedEmaState) -> EmaState | SwappedEmaState:
         shadow_leaves, shadow_def = jax.tree.flatten(state.shadow, is_leaf=is_none)
         paths = leaf_paths(state.shadow)
         new = [s if s is None else by_path[k] for k, s in zip(paths, shadow_leaves, strict=True)]
-        return state._replace(shadow=shadow_def.unflatten(new))
+        shadow = shadow_def.unflatten(new)
+        if isinstance(state, SwappedEmaState):
+            return EmaState(state.step, shadow)
+        marker = np.ones((), np.int8)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in shadow_leaves):
+            marker = jax.ShapeDtypeStruct(marker.shape, marker.dtype)
+        return SwappedEmaState(state.step, shadow, marker)
 
     return exchanged, jax.tree.map(
         lambda node: exchange(node) if any(node is state for state in chosen.values()) else node,
@@ -228,7 +257,7 @@ def averages(opt_state: Tree) -> dict[str, EmaState]:
 
 
 def _is_ema(node) -> bool:
-    return isinstance(node, EmaState)
+    return isinstance(node, (EmaState, SwappedEmaState))
 
 
 def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ._ema import EmaState
+from ._ema import EmaState, SwappedEmaState
 from ._optimizers import OptimizerState
 from ._tree import Tree, check_unique, is_inexact, is_none, leaf_names
 
@@ -60,9 +60,9 @@ def names(tree: Tree) -> Tree:
     named = []
     for _, node in nodes:
         path = next(plain)
-        if isinstance(node, EmaState):
+        if isinstance(node, (EmaState, SwappedEmaState)):
             shadow = jax.tree.map(lambda n: unique(average_name(n)), _plain(node.shadow))
-            named.append(EmaState(_all(node.step, _STEP), shadow))
+            named.append(node._replace(step=_all(node.step, _STEP), shadow=shadow))
         elif isinstance(node, OptimizerState):
             named.append(_optimizer_names(node, unique))
         else:
@@ -97,7 +97,7 @@ def _plain(tree: Tree) -> Tree:
 
 
 def _is_state(node: Any) -> bool:
-    return node is None or isinstance(node, (EmaState, OptimizerState))
+    return node is None or isinstance(node, (EmaState, SwappedEmaState, OptimizerState))
 
 
 def average_name(name: str) -> str:
