@@ -193,8 +193,8 @@ def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, 
     """The parameters and their average exchanged: `(averages, opt_state with the parameters)`.
 
     Nothing is computed or rounded: arrays (also abstract ones) change places, so swapping twice
-    gives back the same arrays. Leaves without an average stay. The swapped average is marked
-    (`SwappedEmaState`): it cannot be trained on or averaged from by accident. To save the averages under the
+    gives back the same arrays. Leaves without an average stay. The swapped average is marked, so
+    that it cannot be trained on by accident (`SwappedEmaState`). To save the averages under the
     original names, save what `swap` returns; to go on training, load it and swap again. TF1's
     `MovingAverageOptimizer.swapping_saver`.
 
@@ -218,10 +218,7 @@ def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, 
         shadow = shadow_def.unflatten(new)
         if isinstance(state, SwappedEmaState):
             return EmaState(state.step, shadow)
-        marker = np.ones((), np.int8)
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in shadow_leaves):
-            marker = jax.ShapeDtypeStruct(marker.shape, marker.dtype)
-        return SwappedEmaState(state.step, shadow, marker)
+        return SwappedEmaState(state.step, shadow, np.ones((), np.int8))
 
     return exchanged, jax.tree.map(
         lambda node: exchange(node) if any(node is state for state in chosen.values()) else node,

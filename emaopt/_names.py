@@ -62,7 +62,8 @@ def names(tree: Tree) -> Tree:
         path = next(plain)
         if isinstance(node, (EmaState, SwappedEmaState)):
             shadow = jax.tree.map(lambda n: unique(average_name(n)), _plain(node.shadow))
-            named.append(node._replace(step=_all(node.step, _STEP), shadow=shadow))
+            marker = node._fields[2:]
+            named.append(type(node)(_all(node.step, _STEP), shadow, *marker))
         elif isinstance(node, OptimizerState):
             named.append(_optimizer_names(node, unique))
         else:
@@ -162,7 +163,7 @@ def global_step(opt_state: Tree) -> jax.Array:
     >>> global_step(emaopt.adagrad(0.1).init(jnp.zeros(1)))
     Array(0, dtype=int32)
     """
-    states = _states(opt_state, OptimizerState) or _states(opt_state, EmaState)
+    states = _states(opt_state, OptimizerState) or _states(opt_state, (EmaState, SwappedEmaState))
     if not states:
         raise ValueError(
             "opt_state has no step: it holds neither an optimizer nor an average of emaopt."
@@ -206,6 +207,6 @@ def variables_to_restore(
     return restored
 
 
-def _states(opt_state: Tree, kind: type) -> list:
+def _states(opt_state: Tree, kind: type | tuple[type, ...]) -> list:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [node for node in nodes if isinstance(node, kind)]
