@@ -51,7 +51,7 @@ class SwappedEmaState(NamedTuple):
 
     step: jax.Array
     shadow: Tree
-    emaopt_swapped: jax.Array | np.ndarray
+    emaopt_swapped: Any
 
 
 class MovingAverage(NamedTuple):
