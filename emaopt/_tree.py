@@ -6,6 +6,7 @@
 * A leaf is named by its key path, joined with a slash: `leaf_names`.
 """
 
+import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -61,14 +62,37 @@ def _mismatch(first: str, tree: Tree, name: str, other: Tree, error: Exception) 
 
 
 def check_shape(leaf: str, **arrays) -> None:
-    """Raise unless all arrays have the shape of the first; absent ones are not compared."""
+    """Raise unless all arrays are there and have the shape of the first."""
     (first, array), *others = arrays.items()
     for name, other in others:
-        if other is not None and np.shape(other) != np.shape(array):
+        if other is None or np.shape(other) != np.shape(array):
+            has = "nothing" if other is None else f"shape {np.shape(other)}"
             raise ValueError(
-                f"{name} has shape {np.shape(other)} at leaf {leaf!r} where {first} has "
-                f"{np.shape(array)}. Pass {first} and {name} made from the same parameters."
+                f"{name} has {has} at leaf {leaf!r} where {first} has shape {np.shape(array)}. "
+                f"Pass {first} and {name} made from the same parameters."
             )
+
+
+def check_floating(name: str, tree: Tree) -> None:
+    """Raise unless all leaves are floating-point numbers; absent ones may be."""
+    for leaf, x in zip(leaf_names(tree), jax.tree.leaves(tree, is_leaf=is_none), strict=True):
+        if x is not None and not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {jnp.result_type(x)} at leaf {leaf!r}; an optimizer needs "
+                "floating-point numbers. Leave it out: optax.masked(optimizer, mask)."
+            )
+
+
+def check(name: str, value, good: Callable, wanted: str) -> None:
+    """Raise unless a hyper-parameter is in range; a traced one cannot be looked at."""
+    if not is_concrete(value):
+        return
+    try:
+        fine = np.all(good(np.asarray(value)))
+    except TypeError:  # not a number
+        fine = False
+    if not fine:
+        raise ValueError(f"{name}={value!r} is out of range. Pass {wanted}.")
 
 
 def is_inexact(x) -> bool:
@@ -109,6 +133,11 @@ def leaf_names(tree: Tree) -> list[str]:
     return ["/".join(path) for path in leaf_paths(tree)]
 
 
+def key_paths(tree: Tree) -> list[tuple[str, ...]]:
+    """The whole key path of every leaf that is there, as Orbax names it on disk."""
+    return [tuple(map(key_name, keys)) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
 def leaf_paths(tree: Tree) -> list[tuple[str, ...]]:
     """The key path of every leaf as strings; an NNX Variable's own `value` is not part of it."""
     keyed = jax.tree_util.tree_flatten_with_path
@@ -136,6 +165,12 @@ def key_name(key) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about a name that is not known."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def check_unique(names: Iterable[str], leaves: Iterable[Any]) -> None:

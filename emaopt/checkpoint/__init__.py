@@ -1,0 +1,238 @@
+"""Orbax checkpoints in which the averages stand under the original names.
+
+`save` writes what `emaopt.swap` returns: the item `params` holds the averages, the item
+`opt_state` the raw parameters in the shadow's place, so nothing is stored twice and plain Orbax
+finds the averages where it looks for parameters. A marker in the tree (`SwappedEmaState`) keeps
+anything but `resume` from training on them. The item `digests` holds one number per leaf, which
+every load here compares.
+
+Everything is read by key path from the checkpoint's own metadata, so the classes that were saved,
+and the optimizer around the average, need not be known.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils.epath import Path
+from orbax.checkpoint import v1 as ocp
+
+from emaopt._ema import SwappedEmaState, averages, swap
+from emaopt._tree import Tree, key_paths, leaf_names
+
+from ._digest import DIGESTS, digests
+from ._stored import MARKER, KeyPath, Stored, finished_steps, leaves_by_path, locate, logical, pick
+
+
+def save(
+    checkpointer: ocp.training.Checkpointer,
+    step: int,
+    params: Tree,
+    opt_state: Tree,
+    *,
+    name: str | None = None,
+    digest: bool = True,
+    **rest: Any,
+) -> bool:
+    """Save, with the averages under the original names; whether it was (policies may say no).
+
+    Items: `params` (the averages), `opt_state` (the raw parameters in the shadow's place), `rest`
+    (a dict of whatever else is given: `batch_stats=...`, `step=...`), and with `digest` a number
+    per leaf that loading compares. With several averages of the same parameters, `name` says which
+    one. `checkpointer` is yours: its directory, its policies.
+    """
+    items = _items(params, opt_state, name, digest, rest)
+    return checkpointer.save_checkpointables(step, items)
+
+
+def save_async(
+    checkpointer: ocp.training.Checkpointer,
+    step: int,
+    params: Tree,
+    opt_state: Tree,
+    *,
+    name: str | None = None,
+    digest: bool = True,
+    **rest: Any,
+) -> Any:
+    """`save` in the background: Orbax's response, `None` where a policy says no.
+
+    The arrays are on their way when this returns, so donating them is safe. `result()` waits.
+    """
+    items = _items(params, opt_state, name, digest, rest)
+    return checkpointer.save_checkpointables_async(step, items)
+
+
+def _items(params: Tree, opt_state: Tree, name: str | None, digest: bool, rest: dict) -> dict:
+    if any(isinstance(state, SwappedEmaState) for state in averages(opt_state).values()):
+        raise ValueError(
+            "opt_state is swapped already. Pass the state that training goes on with: save swaps."
+        )
+    averaged, swapped = swap(params, opt_state, name)
+    items = {"params": averaged, "opt_state": swapped} | ({"rest": rest} if rest else {})
+    for item, tree in items.items():
+        _check_leaves(item, tree)
+    return _with_digests(items) if digest else items
+
+
+def _with_digests(items: dict[str, Tree]) -> dict[str, Tree]:
+    """The items and, for each, the digests of its leaves in the order of their sorted paths."""
+    found = {}
+    for item, tree in items.items():
+        leaves = leaves_by_path(tree)
+        found[item] = digests([leaves[path] for path in sorted(leaves)])
+    return items | {DIGESTS: found}
+
+
+def _check_leaves(item: str, tree: Tree) -> None:
+    """Raise if Orbax would save the tree without complaint, and not read it back."""
+    seen: dict[str, KeyPath] = {}
+    for path, leaf in leaves_by_path(tree).items():
+        name = "/".join((item, *path))
+        stored = ".".join(path)  # Orbax's own joint
+        if stored in seen:
+            raise ValueError(
+                f"{name} and {'/'.join((item, *seen[stored]))} would be stored under one name. "
+                "Rename one: a '.' inside a key collides with nesting."
+            )
+        seen[stored] = path
+        if isinstance(leaf, bool):
+            raise ValueError(
+                f"{name} is a Python bool, which Orbax cannot read back. Pass np.asarray({leaf})."
+            )
+
+
+def resume(
+    checkpointer: ocp.training.Checkpointer,
+    params: Tree,
+    opt_state: Tree,
+    *,
+    step: int | None = None,
+    **rest: Any,
+) -> tuple[Tree, Tree, dict[str, Any]]:
+    """`(params, opt_state, rest)` as they were when saved, bit for bit; from the newest step.
+
+    `params`, `opt_state` and `rest` are like what was saved: from `tx.init`, or abstract
+    (`jax.eval_shape`), with shardings if there are any. Leaves are restored with the shardings
+    given, onto whatever mesh that is.
+    """
+    checkpointer.wait()
+    found = {c.step: Path(c.path) for c in checkpointer.checkpoints}
+    stored = Stored(pick(found, step, checkpointer.directory))
+    markers = {path for path in stored.items.get("opt_state", {}) if path[-1] == MARKER}
+    name, like = _as_saved(params, opt_state, markers, stored.path)
+    if rest or "rest" in stored.items:
+        like["rest"] = rest
+    loaded = stored.load(like)
+    params, opt_state = loaded["params"], loaded["opt_state"]
+    if markers:
+        params, opt_state = swap(params, opt_state, name)
+    return params, opt_state, loaded.get("rest", {})
+
+
+def _as_saved(
+    params: Tree, opt_state: Tree, markers: set[KeyPath], path: Path
+) -> tuple[str | None, dict[str, Tree]]:
+    """The trees as they stand on disk, and the name of the average that was swapped."""
+    if not markers:
+        return None, {"params": params, "opt_state": opt_state}
+    for name in (None, *averages(opt_state)):
+        try:
+            averaged, swapped = swap(params, opt_state, name)
+        except ValueError:  # several averages of one leaf: it was one of them
+            continue
+        if markers == {keys for keys in key_paths(swapped) if keys[-1] == MARKER}:
+            return name, {"params": averaged, "opt_state": swapped}
+    raise ValueError(
+        f"checkpoint {path} has its averages at {sorted('/'.join(m[:-1]) for m in markers)}, "
+        f"opt_state has {list(averages(opt_state))}. Pass the state of the optimizer that was "
+        "saved; for the averages alone, restore_averages."
+    )
+
+
+def restore_averages(
+    path: Any, like: Tree, *, step: int | None = None, name: str | None = None, cast: bool = False
+) -> Tree:
+    """The averages of a checkpoint, like `like`, without knowing the optimizer.
+
+    `path`: a run directory (its newest finished step, or `step`) or one checkpoint, saved here or
+    by plain Orbax, with an `EmaState` anywhere in it. Leaves that have no average are the
+    parameters. Only what is returned is read. `like`: the parameters, real or abstract, with the
+    shardings wanted. The dtypes are those of `like`, which must be the parameters' or the
+    average's unless `cast`.
+    """
+    return Stored(locate(path, step)).load_averages(like, name, cast)
+
+
+def variables_to_restore(path: Any, like: Tree, *, step: int | None = None) -> dict[str, str]:
+    """What `restore_averages` reads: name of the leaf -> item and name in the checkpoint."""
+    stored = Stored(locate(path, step))
+    sources = stored.averages([logical(keys) for keys in key_paths(like)], None)
+    return {"/".join(leaf): "/".join(filter(None, s.path)) for leaf, s in sources.items()}
+
+
+def watch(
+    directory: Any,
+    like: Tree,
+    *,
+    interval: float = 10.0,
+    timeout: float | None = None,
+    after: int | None = None,
+) -> Iterator[tuple[int, Tree]]:
+    """`(step, averages)` of each checkpoint as it is finished, beside a trainer at work.
+
+    Reads only. Every `interval` seconds; the newest one first where several are waiting; those
+    that the trainer deletes meanwhile are passed over. Ends after `timeout` seconds without a new
+    one. `after`: only later steps.
+    """
+    if interval <= 0:
+        raise ValueError(f"interval={interval} is out of range. Pass seconds, above 0.")
+    seen: set[int] = set()
+    since = time.monotonic()
+    while True:
+        found = finished_steps(Path(directory))
+        new = [s for s in found if s not in seen and (after is None or s > after)]
+        seen &= set(found)
+        if new:
+            newest = max(new)
+            seen.add(newest)
+            try:
+                averaged = restore_averages(found[newest], like)
+            except (ValueError, OSError):
+                if newest in finished_steps(Path(directory)):
+                    raise
+                continue
+            yield newest, averaged
+            since = time.monotonic()
+        elif timeout is not None and time.monotonic() - since >= timeout:
+            return
+        else:
+            time.sleep(interval)
+
+
+def export_averages(
+    source: Any, destination: Any, *, like: Tree = None, step: int | None = None
+) -> None:
+    """Write the averages alone, for serving: an Orbax checkpoint with the item `params`.
+
+    A `destination` that ends in `.safetensors` becomes such a file, with names like
+    `conv/kernel`. Without `like`: the tree, shapes and dtypes of the parameters in `source`.
+    """
+    stored = Stored(locate(source, step))
+    destination = Path(destination)
+    if destination.exists():
+        raise FileExistsError(f"destination={destination} exists. Remove it or pass another path.")
+    averaged = stored.load_averages(stored.params_like() if like is None else like, None, False)
+    if destination.suffix != ".safetensors":
+        ocp.save_checkpointables(destination, _with_digests({"params": averaged}))
+        return
+    try:
+        from safetensors.numpy import save_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"destination={destination} needs the package safetensors: pip install safetensors"
+        ) from error
+    leaves = (np.asarray(x) for x in jax.tree.leaves(averaged))
+    save_file(dict(zip(leaf_names(averaged), leaves, strict=True)), destination)

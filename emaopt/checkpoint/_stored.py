@@ -1,0 +1,366 @@
+"""A checkpoint on disk, by key path: what it holds, where its averages are, and its leaves.
+
+Everything is found in the checkpoint's own metadata. A leaf is one path, the item first:
+`("opt_state", "1", "shadow", "conv", "kernel")`; a checkpoint without items is the one item "".
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils.epath import Path
+from orbax.checkpoint import v1 as ocp
+
+from emaopt._tree import Tree, describe, key_paths
+
+from ._digest import DIGESTS, damaged
+
+
+KeyPath = tuple[str, ...]
+SHADOW, STEP, MARKER = "shadow", "step", "emaopt_swapped"
+
+
+class Source(NamedTuple):
+    """Where the average of a leaf is read, and what its parameter is like."""
+
+    path: KeyPath
+    param: Any
+
+
+def finished_steps(directory: Path) -> dict[int, Path]:
+    """The finished checkpoints of a run, by step; Orbax lists empty directories too."""
+    if not directory.is_dir():
+        return {}
+    found = ocp.path.step.standard_name_format().find_all(directory)
+    paths = {c.step: Path(c.path) for c in found}
+    return {step: path for step, path in paths.items() if (path / _MARK_OF_COMPLETION).exists()}
+
+
+def locate(path: Any, step: int | None) -> Path:
+    """One checkpoint: `path` itself, or a step of the run that is there."""
+    path = Path(path)
+    if not path.is_absolute():
+        raise ValueError(f"path={str(path)!r} is relative. Pass an absolute path.")
+    if not path.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r} is not a directory. Pass a checkpoint or run.")
+    if step is None and any((path / file).exists() for file in (_MARK_OF_COMPLETION, "_METADATA")):
+        return path
+    return pick(finished_steps(path), step, path)
+
+
+def pick(found: dict[int, Path], step: int | None, directory: Any) -> Path:
+    """The checkpoint of a step, the newest by default."""
+    if not found:
+        raise FileNotFoundError(f"{directory} holds no finished checkpoint. Pass another path.")
+    if step is not None and step not in found:
+        raise FileNotFoundError(f"step={step} is not in {directory}. Pass one of {sorted(found)}.")
+    return found[max(found) if step is None else step]
+
+
+class Stored:
+    """One checkpoint: `items`, the metadata of each item by key path."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.trees = _read_metadata(path)
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint {path}: its metadata is damaged. {_cause(error)} Use another step."
+            ) from error
+        self.items = {item: leaves_by_path(tree) for item, tree in self.trees.items()}
+
+    def load(self, like: dict[str, Tree]) -> dict[str, Tree]:
+        """Whole items, each in the structure of its `like`."""
+        problems: list[str] = []
+        for item, tree in like.items():
+            if item not in self.items:
+                problems.append(f"there is no item {item!r}, only {', '.join(sorted(self.items))}")
+                continue
+            wanted, stored = leaves_by_path(tree), self.items[item]
+            for path, leaf in wanted.items():
+                problems += self._problems((item, *path), leaf, [stored.get(path)])
+            problems += [
+                f"{'/'.join((item, *path))} is stored, but not in what was passed"
+                for path in stored
+                if path not in wanted
+            ]
+        self.refuse(problems)
+        return {item: self._load_item(item, tree) for item, tree in like.items()}
+
+    def load_averages(self, like: Tree, name: str | None, cast: bool) -> Tree:
+        """The averages in the structure, dtypes and shardings of `like`."""
+        wanted = {logical(path): leaf for path, leaf in leaves_by_path(like).items()}
+        sources = self.averages(list(wanted), name)
+        problems: list[str] = []
+        by_item: dict[str, dict[KeyPath, Any]] = {}
+        for leaf_name, leaf in wanted.items():
+            if leaf_name not in sources:
+                problems.append(self._missing(leaf_name, [logical(p[1:]) for p in self.paths()]))
+                continue
+            path, param = sources[leaf_name]
+            stored = self.leaf(path)
+            problems += self._problems(path, leaf, [leaf] if cast else [stored, param])
+            by_item.setdefault(path[0], {})[path[1:]] = _as_stored(leaf, stored)
+        self.refuse(problems)
+        loaded: dict[KeyPath, Any] = {
+            (item, *path): value
+            for item, leaves in by_item.items()
+            for path, value in self._load_leaves(item, leaves).items()
+        }
+        values = [_cast(loaded[sources[n].path], leaf) for n, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), values)
+
+    def averages(self, names: Iterable[KeyPath], name: str | None) -> dict[KeyPath, Source]:
+        """Where the average of each named leaf stands; leaves found nowhere are left out.
+
+        An average is a node with a `shadow` and a `step`. A leaf that no average holds is read
+        from the parameters, and all of them are if the average was swapped.
+        """
+        index = {logical(path): path for path in self.paths()}
+        nodes = self._average_nodes(index, name)
+        root = _root_of_params(index, nodes, set(names))
+        sources = {}
+        for leaf in names:
+            holders = [node for node in nodes if (*node, SHADOW, *leaf) in index]
+            if len(holders) > 1:
+                raise ValueError(
+                    f"name is missing: checkpoint {self.path} has several averages of "
+                    f"{'/'.join(leaf)!r}. Pass name=, what tells them apart in: "
+                    f"{', '.join('/'.join(node) for node in holders)}."
+                )
+            param = index.get((*root, *leaf))
+            shadow = index.get((*holders[0], SHADOW, *leaf)) if holders else None
+            swapped = bool(holders) and (*holders[0], MARKER) in index
+            path = shadow if shadow and not swapped else param
+            if path is not None:
+                sources[leaf] = Source(path, self.leaf((shadow if swapped else param) or path))
+        return sources
+
+    def params_like(self) -> Tree:
+        """The parameters, on the host: what `like` is when nobody gives it."""
+        index = {logical(path): path for path in self.paths()}
+        nodes = self._average_nodes(index, None)
+        shadowed = {
+            path[len(node) + 1 :]
+            for path in index
+            for node in nodes
+            if path[: len(node) + 1] == (*node, SHADOW)
+        }
+        root = _root_of_params(index, nodes, shadowed)
+        tree = self.trees[root[0]]
+        for key in root[1:]:
+            tree = tree[int(key) if isinstance(tree, (list, tuple)) else key]
+        sources = self.averages([logical(path) for path in key_paths(tree)], None)
+        like = [sources[logical(path)].param for path in key_paths(tree)]
+        return jax.tree.unflatten(
+            jax.tree.structure(tree), [np.empty(x.shape, x.dtype) for x in like]
+        )
+
+    def paths(self) -> list[KeyPath]:
+        """Every leaf of the checkpoint."""
+        return [(item, *path) for item, leaves in self.items.items() for path in leaves]
+
+    def leaf(self, path: KeyPath) -> Any:
+        """What the metadata says of a leaf."""
+        return self.items[path[0]][path[1:]]
+
+    def refuse(self, problems: list[str]) -> None:
+        """Raise if there is any problem, with all of them."""
+        if problems:
+            raise ValueError(
+                f"checkpoint {self.path} does not hold what was asked for; nothing was read.\n  "
+                + "\n  ".join(problems)
+                + "\nPass trees like those that were saved."
+            )
+
+    def _average_nodes(self, index: Iterable[KeyPath], name: str | None) -> list[KeyPath]:
+        """The path of every average; of those that are swapped if any is; of that name."""
+        index = set(index)
+        nodes = {
+            path[:i]
+            for path in index
+            for i, key in enumerate(path)
+            if key == SHADOW and (*path[:i], STEP) in index
+        }
+        swapped = {node for node in nodes if (*node, MARKER) in index}
+        if name is None:
+            nodes = swapped or nodes
+        else:
+            nodes = {node for node in nodes if set(name.split("/")) <= set(node)}
+        exported = DIGESTS in self.items and "opt_state" not in self.items
+        if nodes or (exported and name is None):
+            return sorted(nodes)
+        raise ValueError(
+            f"checkpoint {self.path} holds no average{f' named {name!r}' if name else ''}. It has "
+            f"{', '.join(sorted({'/'.join(path[:2]) for path in index}))}. Save the opt_state of a "
+            "chain with emaopt.ema in it."
+        )
+
+    def _problems(self, path: KeyPath, leaf: Any, allowed: list) -> list[str]:
+        item, keys = path[0], path[1:]
+        stored = self.items[item].get(keys)
+        name = "/".join(path)
+        if stored is None:
+            return [self._missing(keys, self.items[item])]
+        if _shape(leaf) != _shape(stored):
+            return [f"{name} has shape {_shape(stored)}, asked for as {_shape(leaf)}"]
+        if not any(_same_kind(leaf, other) for other in allowed):
+            return [f"{name} is {describe(stored)}, asked for as {describe(leaf)}"]
+        return []
+
+    def _missing(self, path: KeyPath, known: Iterable[KeyPath]) -> str:
+        close = difflib.get_close_matches("/".join(path), map("/".join, known), 3)
+        return f"{'/'.join(path)} is missing" + (f"; close: {', '.join(close)}" if close else "")
+
+    def _load_item(self, item: str, like: Tree) -> Tree:
+        wanted = leaves_by_path(like)
+        stored = self.items[item]
+        values = self._load_leaves(item, {p: _as_stored(x, stored[p]) for p, x in wanted.items()})
+        ordered = [_cast(values[path], leaf) for path, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), ordered)
+
+    def _load_leaves(self, item: str, wanted: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
+        """Some leaves of an item, verified; the others are not read."""
+        try:
+            values = self._read(item, wanted)
+        except Exception as error:
+            bad = [path for path, leaf in wanted.items() if not self._can_read(item, path, leaf)]
+            names = ", ".join("/".join((item, *path)) for path in bad) or f"item {item}"
+            raise ValueError(
+                f"checkpoint {self.path}: {names} cannot be read, the data is cut off, missing or "
+                f"damaged. {_cause(error)} Use another step."
+            ) from error
+        if (item,) in self.items.get(DIGESTS, {}):
+            self._verify(item, values)
+        return values
+
+    def _verify(self, item: str, values: dict[KeyPath, Any]) -> None:
+        meta = self.items[DIGESTS][(item,)]
+        wanted = {(item,): np.empty(meta.shape, meta.dtype)}
+        recorded = self._load_leaves(DIGESTS, wanted)[(item,)]
+        order = {leaf: i for i, leaf in enumerate(sorted(self.items[item]))}
+        bad = damaged(recorded, {order[leaf]: value for leaf, value in values.items()})
+        if bad is None:
+            raise ValueError(
+                f"checkpoint {self.path}: the digests of item {item!r} are damaged, so its data "
+                "cannot be trusted. Use another step."
+            )
+        if bad:
+            paths = sorted(self.items[item])
+            raise ValueError(
+                f"checkpoint {self.path}: {', '.join('/'.join((item, *paths[i])) for i in bad)} is "
+                "damaged: its bits are not those that were saved. Use another step."
+            )
+
+    def _read(self, item: str, wanted: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
+        tree = self.trees[item]
+        template = jax.tree.unflatten(
+            jax.tree.structure(tree),
+            [wanted.get(path, ocp.PLACEHOLDER) for path in self.items[item]],
+        )
+        loaded = ocp.load(self.path, template, checkpointable_name=item or None)
+        return {p: x for p, x in leaves_by_path(loaded).items() if p in wanted}
+
+    def _can_read(self, item: str, path: KeyPath, leaf: Any) -> bool:
+        try:
+            self._read(item, {path: leaf})
+        except Exception:
+            return False
+        return True
+
+
+_MARK_OF_COMPLETION = "_CHECKPOINT_METADATA"
+
+
+def leaves_by_path(tree: Tree) -> dict[KeyPath, Any]:
+    """The leaves by their key path on disk, in flattening order."""
+    return dict(zip(key_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def logical(path: KeyPath) -> KeyPath:
+    """A key path without the `value` that NNX puts at the end of it."""
+    return path[:-1] if path[-1:] == ("value",) else path
+
+
+def _read_metadata(path: Path) -> dict[str, Tree]:
+    if not (path / _MARK_OF_COMPLETION).exists() or (path / "_METADATA").exists():
+        return {"": ocp.metadata(path, checkpointable_name=None).metadata}
+    trees = ocp.checkpointables_metadata(path).metadata
+    unreadable = sorted(item for item, tree in trees.items() if tree is None)
+    if unreadable or not trees:
+        raise ValueError(f"Orbax cannot read the items {unreadable}.")
+    return trees
+
+
+def _root_of_params(index: Iterable[KeyPath], nodes: list[KeyPath], names: set) -> KeyPath:
+    """The node that the parameters are in.
+
+    Of the nodes outside the averages, the one that holds most of the names and has the least of
+    its path in common with an average: beside the optimizer's state, not in it.
+    """
+    held = Counter(path[:i] for path in index for i in range(1, len(path)) if path[i:] in names)
+    outside = [root for root in held if not any(root[: len(node)] == node for node in nodes)]
+
+    def rank(root: KeyPath):
+        return -held[root], max((_shared(root, node) for node in nodes), default=0), len(root), root
+
+    return min(outside, key=rank, default=("",))
+
+
+def _shared(a: KeyPath, b: KeyPath) -> int:
+    """The length of the common start."""
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    return (*same, False).index(False)
+
+
+def _shape(leaf: Any) -> tuple:
+    return np.shape(_raw(leaf)) if isinstance(leaf, (int, float, bool, str)) else _raw(leaf).shape
+
+
+def _raw(leaf: Any) -> Any:
+    """Keys are stored as the integers they are made of."""
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, leaf)
+    return leaf
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    if b is None:
+        return False
+    if hasattr(a, "dtype") and hasattr(b, "dtype"):
+        return _raw(a).dtype == _raw(b).dtype
+    kind = lambda x: np.dtype(x.dtype).kind if hasattr(x, "dtype") else np.asarray(x).dtype.kind
+    return kind(a) == kind(b)
+
+
+def _as_stored(leaf: Any, stored: Any) -> Any:
+    """A template that reads what is stored, without conversion, to where `leaf` is."""
+    if not hasattr(stored, "dtype"):
+        return stored
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return np.empty(stored.shape, stored.dtype)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
+
+
+def _cast(value: Any, leaf: Any) -> Any:
+    """What was read, as `leaf` is: an array of its dtype, or a number."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf)(value) if hasattr(value, "dtype") else value
+    if not hasattr(value, "dtype"):
+        return jnp.asarray(value, leaf.dtype)
+    return value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, its first line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
