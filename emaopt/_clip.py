@@ -12,14 +12,14 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ._tree import Tree, is_concrete, leaf_names, scalar, tree_map, wide, zip_leaves
+from ._tree import Tree, check, is_concrete, leaf_names, scalar, tree_map, wide, zip_leaves
 
 
 def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTransformation:
     """Each element between two bounds: `max(min(x, clip_value_max), clip_value_min)`.
 
-    A bound is a scalar, or a tree like the gradients with a scalar or an array for each leaf.
-    NaN stays NaN. TF1's `tf.clip_by_value`.
+    A bound is a scalar, or a tree like the gradients with a scalar or an array for each leaf;
+    `None` is no bound. NaN stays NaN. TF1's `tf.clip_by_value`.
 
     >>> clip_by_value(-1.0, 2.0).update({"w": jnp.array([-3.0, 1.0, 5.0])}, optax.EmptyState())[0]
     {'w': Array([-1.,  1.,  2.], dtype=float32)}
@@ -34,7 +34,14 @@ def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTra
 
     def clip(x, lo, hi):
         x = jnp.asarray(x)
-        return jnp.maximum(jnp.minimum(x, scalar(hi, x.dtype)), scalar(lo, x.dtype))
+        for name, bound in (("clip_value_min", lo), ("clip_value_max", hi)):
+            if not _fits(np.shape(bound), x.shape):
+                raise ValueError(
+                    f"{name} has shape {np.shape(bound)} at a leaf of shape {x.shape}. Pass a "
+                    "scalar, or a tree with an array of the leaf's shape."
+                )
+        x = x if hi is None else jnp.minimum(x, scalar(hi, x.dtype))
+        return x if lo is None else jnp.maximum(x, scalar(lo, x.dtype))
 
     def update(updates, state, params=None):
         del params
@@ -64,7 +71,13 @@ def clip_by_norm(
     {'w': Array([1.5, 2. ], dtype=float32)}
     """
     _check_norm(clip_norm)
-    axes = tuple(axes) if isinstance(axes, (list, tuple)) else axes
+    if axes is not None:
+        axes = tuple(axes) if isinstance(axes, (list, tuple)) else (axes,)
+        if not all(isinstance(axis, (int, np.integer)) for axis in axes):
+            raise ValueError(
+                f"axes={axes} are not whole numbers. Pass an int or a tuple of ints; leave them "
+                'static: optax.inject_hyperparams(clip_by_norm, static_args="axes").'
+            )
 
     def clip(x, c):
         norm = _norm(jnp.sum(x * x, axis=axes, keepdims=True))
@@ -117,6 +130,8 @@ def clip_by_global_norm(clip_norm: ArrayLike) -> optax.GradientTransformationExt
     def update(updates, state, params=None, *, use_norm=None, **extra):
         del params, extra
         norm = global_norm(updates) if use_norm is None else jnp.asarray(use_norm)
+        if norm.shape != ():
+            raise ValueError(f"use_norm has shape {norm.shape}. Pass a scalar.")
         norm = norm.astype(wide(norm.dtype))
         c = scalar(clip_norm, norm.dtype)
         scale = c * jnp.minimum(1 / _nonzero(norm, c), 1 / c)
@@ -163,8 +178,7 @@ def _per_leaf(f, updates: Tree, hyper: ArrayLike) -> Tree:
 
 
 def _check_norm(clip_norm) -> None:
-    if is_concrete(clip_norm) and not np.all(np.asarray(clip_norm) > 0):
-        raise ValueError(f"clip_norm={clip_norm} would erase the gradients. Pass a number above 0.")
+    check("clip_norm", clip_norm, lambda c: c > 0, "a number above 0")
 
 
 def _check_axes(axes, updates: Tree) -> None:
@@ -172,12 +186,17 @@ def _check_axes(axes, updates: Tree) -> None:
         return
     for name, x in zip(leaf_names(updates), zip_leaves(updates=updates)[0], strict=True):
         rank = 0 if x[0] is None else np.ndim(x[0])
-        wrong = [a for a in np.atleast_1d(axes) if x[0] is not None and not -rank <= a < rank]
-        if wrong:
+        if x[0] is not None and not all(-rank <= axis < rank for axis in axes):
             raise ValueError(
                 f"axes={axes} is out of range at leaf {name!r}, which has {rank} axes. "
                 "Clip such leaves apart: optax.masked(clip_by_norm(...), mask)."
             )
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether an array broadcasts to the shape that is wanted."""
+    tail = wanted[len(wanted) - len(shape) :]
+    return len(shape) <= len(wanted) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))
 
 
 def _is_tree(bound) -> bool:

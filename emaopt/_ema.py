@@ -6,7 +6,6 @@ constant value bitwise constant, and the rate near 0 keeps its precision (see `_
 `swap` and `averages` find the averages inside whatever optax wrapped around them.
 """
 
-import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from ._tree import (
     Tree,
     apply_update,
     check_shape,
+    did_you_mean,
     is_inexact,
     is_none,
     key_name,
@@ -268,9 +268,10 @@ def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
     if name is None:
         return found
     if name not in found:
-        close = difflib.get_close_matches(name, found, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"name={name!r} is not an average.{hint} There are: {_listed(found)}.")
+        raise ValueError(
+            f"name={name!r} is not an average.{did_you_mean(name, found)} "
+            f"Pass one of: {_listed(found)}."
+        )
     return {name: found[name]}
 
 

@@ -4,7 +4,6 @@ A state of emaopt is exactly TF1's variables, so its *name tree* has one TF1 nam
 `conv/kernel/Adam_1`, `beta1_power`, `conv/kernel/ExponentialMovingAverage`, `global_step`.
 """
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ import jax
 
 from ._ema import EmaState, SwappedEmaState
 from ._optimizers import OptimizerState
-from ._tree import Tree, check_unique, is_inexact, is_none, leaf_names
+from ._tree import Tree, check_unique, did_you_mean, is_inexact, is_none, leaf_names
 
 
 # TF1's name for the slots of an optimizer, by its slot names in TF1's order of creation
@@ -120,8 +119,10 @@ def matching(pattern: str) -> Callable[[Tree], Tree]:
     """
     try:
         found = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}.") from None
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"pattern={pattern!r} is not a regular expression: {error}. Pass one, as for re.search."
+        ) from None
     return lambda tree: jax.tree.map(lambda name: bool(found.search(name)), _plain(tree))
 
 
@@ -145,9 +146,9 @@ def slot(opt_state: Tree, name: str) -> Tree:
     known = slot_names(opt_state)
     holders = [s.slots[name] for s in _states(opt_state, OptimizerState) if name in s.slots]
     if not holders:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"name={name!r} is not a slot.{hint} There are: {known}.")
+        raise ValueError(
+            f"name={name!r} is not a slot.{did_you_mean(name, known)} Pass one of: {known}."
+        )
     if len(holders) > 1:
         raise ValueError(
             f"name={name!r} is a slot of {len(holders)} optimizers in this state. Pass the state "
@@ -166,7 +167,8 @@ def global_step(opt_state: Tree) -> jax.Array:
     states = _states(opt_state, OptimizerState) or _states(opt_state, (EmaState, SwappedEmaState))
     if not states:
         raise ValueError(
-            "opt_state has no step: it holds neither an optimizer nor an average of emaopt."
+            "opt_state has no step: it holds neither an optimizer nor an average of emaopt. Pass "
+            "the state of a chain with one."
         )
     return jax.tree.leaves(states[0].step)[0]
 
@@ -185,7 +187,10 @@ def variables_to_restore(
     """
     leaves = jax.tree.leaves(params)
     own = jax.tree.leaves(_plain(params))
-    everything = own + jax.tree.leaves(names(opt_state))
+    stored = jax.tree.leaves(names(opt_state))
+    if not _states(opt_state, OptimizerState):  # an average of TF1 does not count steps
+        stored = [name for name in stored if name != _STEP]
+    everything = own + stored
     if moving_average_variables is None:
         averaged = [name for name, leaf in zip(own, leaves, strict=True) if is_inexact(leaf)]
     else:
@@ -197,9 +202,10 @@ def variables_to_restore(
         averaged = list(moving_average_variables)
     for name in averaged:
         if name not in everything:
-            close = difflib.get_close_matches(name, everything, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"moving_average_variables: there is no variable {name!r}.{hint}")
+            raise ValueError(
+                f"moving_average_variables holds {name!r}, which is no variable."
+                f"{did_you_mean(name, everything)} Pass names of leaves."
+            )
     restored = {average_name(name): name for name in averaged}
     for name in everything:
         if name not in averaged:

@@ -22,6 +22,8 @@ from jax.typing import ArrayLike
 
 from ._tree import (
     Tree,
+    check,
+    check_floating,
     check_shape,
     is_concrete,
     leaf_names,
@@ -33,6 +35,10 @@ from ._tree import (
 
 
 LearningRate = ArrayLike | optax.Schedule
+
+_NOT_NEGATIVE = (lambda x: x >= 0, "a number, 0 or above")
+_SHARE = (lambda x: (x >= 0) & (x <= 1), "a number from 0 to 1")
+_RANGES = dict.fromkeys(("beta1", "beta2", "decay", "rho"), _SHARE) | {"epsilon": _NOT_NEGATIVE}
 
 
 class OptimizerState(NamedTuple):
@@ -96,7 +102,8 @@ def adagrad(
     >>> tx.update(jnp.array([3.0]), tx.init(p), p)[0]  # -3 / sqrt(16 + 9)
     Array([-0.6], dtype=float32)
     """
-    _check("initial_accumulator_value", initial_accumulator_value, lambda x: x > 0, "above 0")
+    positive = (lambda x: x > 0, "a number above 0")
+    check("initial_accumulator_value", initial_accumulator_value, *positive)
 
     def rule(g, p, a, *, learning_rate):
         a = a + g * g
@@ -186,16 +193,14 @@ def ftrl(
     >>> optax.apply_updates(p, tx.update(jnp.array([4.0, 0.0]), tx.init(p), p)[0])
     Array([-1.,  0.], dtype=float32)
     """
-    _check("learning_rate_power", learning_rate_power, lambda x: x <= 0, "0 or below")
-    _check("initial_accumulator_value", initial_accumulator_value, lambda x: x >= 0, "0 or above")
-    _check("l1_regularization_strength", l1_regularization_strength, lambda x: x >= 0, "0 or above")
-    _check("l2_regularization_strength", l2_regularization_strength, lambda x: x >= 0, "0 or above")
-    _check(
-        "l2_shrinkage_regularization_strength",
-        l2_shrinkage_regularization_strength,
-        lambda x: x >= 0,
-        "0 or above",
-    )
+    if not callable(learning_rate):
+        check("learning_rate", learning_rate, lambda x: x > 0, "a number above 0")
+    check("learning_rate_power", learning_rate_power, lambda x: x <= 0, "a number, 0 or below")
+    check("initial_accumulator_value", initial_accumulator_value, *_NOT_NEGATIVE)
+    check("l1_regularization_strength", l1_regularization_strength, *_NOT_NEGATIVE)
+    check("l2_regularization_strength", l2_regularization_strength, *_NOT_NEGATIVE)
+    shrinkage = l2_shrinkage_regularization_strength
+    check("l2_shrinkage_regularization_strength", shrinkage, *_NOT_NEGATIVE)
 
     def rule(g, p, accum, linear, *, learning_rate, power, l1, l2, shrinkage):
         n = accum + g * g
@@ -213,7 +218,7 @@ def ftrl(
         power=learning_rate_power,
         l1=l1_regularization_strength,
         l2=l2_regularization_strength,
-        shrinkage=l2_shrinkage_regularization_strength,
+        shrinkage=shrinkage,
     )
 
 
@@ -265,9 +270,12 @@ def _optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of a rule. `slots`: start values, in the order of the rule's arguments."""
     powers = powers or {}
+    for name, value in hyper.items():
+        if not (name == "learning_rate" and callable(value)):
+            check(name, value, *_RANGES.get(name, (np.isfinite, "a finite number")))
 
     def init(params):
-        _check_floating("params", params)
+        check_floating("params", params)
         return OptimizerState(
             step=jnp.zeros((), jnp.int32),
             powers={name: jnp.array(start, jnp.float32) for name, start in powers.items()},
@@ -283,7 +291,13 @@ def _optimizer(
             raise ValueError(
                 f"params is missing: {needs_params}. Call tx.update(grads, state, params)."
             )
-        _check_floating("updates", updates)
+        if not isinstance(state, OptimizerState) or set(state.slots) != set(slots):
+            kind = list(state.slots) if isinstance(state, OptimizerState) else type(state).__name__
+            raise ValueError(
+                f"state is of another transformation: it has {kind}, where this optimizer keeps "
+                f"{list(slots)}. Pass the state that its own init made."
+            )
+        check_floating("updates", updates)
         now = {k: v(state.step) if callable(v) else v for k, v in hyper.items()} | state.powers
         trees = {f"state.slots[{name!r}]": state.slots[name] for name in slots}
         given = {"updates": updates, **trees}
@@ -296,7 +310,7 @@ def _optimizer(
             if g is None:
                 return None, *old
             g = jnp.asarray(g)
-            check_shape(name, updates=g, **dict(zip(trees, old, strict=True)), params=p)
+            check_shape(name, **dict(zip(given, (g, *rest), strict=True)))
             dtype = old[0].dtype if old else wide(g.dtype)
             p = None if p is None else jnp.asarray(p).astype(dtype)
             scalars = {k: scalar(v, dtype) for k, v in now.items()}
@@ -332,17 +346,3 @@ def _root(n, q):
     if is_concrete(q):
         return jnp.sqrt(n) if q == 0.5 else jnp.power(n, q)
     return jnp.where(q == 0.5, jnp.sqrt(n), jnp.power(n, q))
-
-
-def _check(name: str, value, good: Callable, wanted: str) -> None:
-    if is_concrete(value) and not np.all(good(np.asarray(value))):
-        raise ValueError(f"{name}={value} is out of range. Pass a number {wanted}.")
-
-
-def _check_floating(name: str, tree: Tree) -> None:
-    for leaf, (x,) in zip(leaf_names(tree), zip_leaves(**{name: tree})[0], strict=True):
-        if x is not None and not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise ValueError(
-                f"{name} has dtype {jnp.result_type(x)} at leaf {leaf!r}; an optimizer needs "
-                "floating-point numbers. Leave it out: optax.masked(optimizer, mask)."
-            )

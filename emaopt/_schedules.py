@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ._tree import is_concrete, scalar
+from ._tree import check, is_concrete, scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Decay:
 
 DecayLike = float | jax.Array | Callable[[Any], Any]
 
+_SHARE = (lambda x: x.ndim == 0 and 0 <= x <= 1, "a number from 0 to 1")
+
 
 def as_decay(decay: DecayLike) -> Decay:
     """What an average computes with.
@@ -51,7 +53,7 @@ def as_decay(decay: DecayLike) -> Decay:
     if callable(decay):
         _check_function(decay)
         return _pointwise(lambda t: 1 - jnp.asarray(decay(t)).astype(jnp.float32))
-    _check("decay", decay, lambda d: 0 <= d <= 1, "a number from 0 to 1")
+    check("decay", decay, *_SHARE)
     rate = 1 - scalar(decay, jnp.float32)
     return Decay(lambda t: rate, lambda t, n: _power(jnp.log1p(-rate), n))
 
@@ -93,11 +95,12 @@ def debiased(decay: DecayLike) -> Decay:
             "for a function or a ramp. Pass a number; a ramp needs no debiasing."
         )
     if not callable(decay):
-        _check("decay", decay, lambda d: 0 <= d < 1, "a number from 0 to below 1")
+        check("decay", decay, lambda d: d < 1, "a number from 0 to below 1")
 
     def over(t, n):
-        t = jnp.maximum(_float(t), _float(n))
-        return inner.over(t, n) / inner.over(t, t)
+        t = jnp.maximum(t, n)
+        total = inner.over(t, t)  # 0 before `every` has taken its first value
+        return inner.over(t, n) / jnp.where(total > 0, total, 1)
 
     return Decay(lambda t: over(t, 1), over)
 
@@ -112,7 +115,7 @@ def power(gamma: float) -> Decay:
     >>> [round(float(power(0)(t)), 4) for t in (1, 2, 3, 4)]
     [0.0, 0.5, 0.6667, 0.75]
     """
-    _check("gamma", gamma, lambda g: g > -1, "a number above -1")
+    check("gamma", gamma, lambda g: g > -1, "a number above -1")
 
     def over(t, n):
         t, n = _float(t), _float(n)
@@ -132,10 +135,10 @@ def inverse_gamma(
     >>> [round(float(inverse_gamma(power=1.0)(t)), 4) for t in (1, 2, 3)]
     [0.5, 0.6667, 0.75]
     """
-    _check("inv_gamma", inv_gamma, lambda x: x > 0, "a number above 0")
-    _check("power", power, lambda x: x > 0, "a number above 0")
-    _check("minimum", minimum, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-    _check("maximum", maximum, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    check("inv_gamma", inv_gamma, lambda x: x > 0, "a number above 0")
+    check("power", power, lambda x: x > 0, "a number above 0")
+    check("minimum", minimum, *_SHARE)
+    check("maximum", maximum, *_SHARE)
     if is_concrete(minimum) and is_concrete(maximum) and minimum > maximum:
         raise ValueError(f"minimum={minimum} is above maximum={maximum}. Swap them.")
 
@@ -152,7 +155,7 @@ def half_life(updates: float) -> Decay:
     >>> float(half_life(1)(7)), round(float(half_life(2)(7)) ** 2, 4)
     (0.5, 0.5)
     """
-    _check("updates", updates, lambda x: x > 0, "a number above 0")
+    check("updates", updates, lambda x: x > 0, "a number above 0")
     log = -math.log(2) / updates
     return Decay(lambda t: _power(log, 1), lambda t, n: _power(log, n))
 
@@ -166,9 +169,11 @@ def every(n: int, decay: DecayLike) -> Decay:
     >>> [round(float(every(2, 0.9)(t)), 4) for t in (1, 2, 3, 4)]
     [1.0, 0.81, 1.0, 0.81]
     """
-    _check("n", n, lambda x: x >= 1 and x == int(x), "a whole number, 1 or more")
-    if is_concrete(n) and n == 1:
-        return as_decay(decay)
+    check("n", n, lambda x: x >= 1 and float(x).is_integer(), "a whole number, 1 or more")
+    if is_concrete(n):
+        n = int(n)  # a float would be rounded beside a large t
+        if n == 1:
+            return as_decay(decay)
     inner = _own(decay)
 
     def over(t, k):
@@ -186,7 +191,7 @@ def after(start: int, decay: DecayLike) -> Decay:
     >>> [round(float(after(2, power(0))(t)), 4) for t in (1, 2, 3, 4, 5)]
     [0.0, 0.0, 0.0, 0.5, 0.6667]
     """
-    _check("start", start, lambda x: x >= 0, "0 or more")
+    check("start", start, lambda x: x >= 0, "0 or more")
     inner = _own(decay)
     copy = lambda t, now: jnp.where(t <= start, 1, now)
     own = lambda t, n: jnp.maximum(t - start, n)
@@ -214,8 +219,9 @@ def exponential_decay(
     >>> [round(float(exponential_decay(1.0, 2, 0.25, True)(step)), 4) for step in (0, 1, 2)]
     [1.0, 1.0, 0.25]
     """
-    _check("decay_steps", decay_steps, lambda x: x > 0, "a number above 0")
-    _check("decay_rate", decay_rate, lambda x: x >= 0, "0 or more")
+    check("learning_rate", learning_rate, np.isfinite, "a finite number")
+    check("decay_steps", decay_steps, lambda x: x > 0, "a number above 0")
+    check("decay_rate", decay_rate, lambda x: x >= 0, "0 or more")
 
     def schedule(step):
         dtype = getattr(learning_rate, "dtype", jnp.float32)
@@ -236,7 +242,7 @@ def _own(decay: DecayLike) -> Decay:
     """The decay inside one of emaopt's own: a number is what the user wrote, not its float32."""
     if callable(decay) or not is_concrete(decay):
         return as_decay(decay)
-    _check("decay", decay, lambda d: 0 <= d <= 1, "a number from 0 to 1")
+    check("decay", decay, *_SHARE)
     kept = float(decay)
     rate, log = 1 - kept, math.log(kept) if kept else -math.inf
     return Decay(lambda t: _float(rate), lambda t, n: _power(log, n))
@@ -256,26 +262,21 @@ def _float(x):
     return jnp.asarray(x).astype(float)
 
 
-def _check(name: str, value, good: Callable, wanted: str) -> None:
-    if is_concrete(value) and not np.all(good(np.asarray(value))):
-        raise ValueError(f"{name}={value} is out of range. Pass {wanted}.")
-
-
 def _check_function(decay: Callable) -> None:
     """Try a function of the user's at small and large t, and under a trace."""
     try:
-        jax.eval_shape(decay, jax.ShapeDtypeStruct((), jnp.int32))
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
+        value = jax.eval_shape(decay, jax.ShapeDtypeStruct((), jnp.int32))
+    except jax.errors.JAXTypeError as error:
         raise ValueError(
             "decay is a function that looks at the value of t in Python, so it cannot be jitted. "
-            "Use jnp.where(t < ..., a, b) instead of `if`."
+            "Use jax.numpy: jnp.where(t < ..., a, b) instead of `if`."
         ) from error
+    if getattr(value, "shape", None) != ():
+        raise ValueError(f"decay(t) is {value}, not a scalar. Return a number from 0 to 1.")
     for t in (1, 2, 3, 10, 100, 1000, 10**4, 10**5, 10**6):
         with jax.ensure_compile_time_eval():
             value = decay(jnp.int32(t))
         if not is_concrete(value):
             return
-        if np.shape(value) != ():
-            raise ValueError(f"decay(t) has shape {np.shape(value)} at t={t}. Return a scalar.")
         if not 0 <= float(value) <= 1:
             raise ValueError(f"decay(t) is {float(value)} at t={t}. Return a number from 0 to 1.")

@@ -42,12 +42,18 @@ def compute_gradients(
             )
     chosen = [p is not None and bool(m) and is_inexact(p) for p, m in rows]
     if not any(chosen):
-        raise ValueError("var_list leaves out every floating-point leaf of params: no gradients.")
+        raise ValueError(
+            "var_list leaves out every floating-point leaf of params: there is nothing to train. "
+            "Pass a mask that is true somewhere."
+        )
 
     def of_chosen(leaves):
         leaves = iter(leaves)
         merged = [next(leaves) if c else p for c, (p, _) in zip(chosen, rows, strict=True)]
-        return loss(treedef.unflatten(merged), *args)
+        value = loss(treedef.unflatten(merged), *args)
+        if has_aux and not (isinstance(value, tuple) and len(value) == 2):
+            raise ValueError(f"has_aux=True, but loss returns {value}. Return (value, aux).")
+        return value
 
     inputs = [jnp.asarray(p) for c, (p, _) in zip(chosen, rows, strict=True) if c]
     if has_aux:
@@ -60,9 +66,9 @@ def compute_gradients(
 
 
 def _cotangent(value, grad_loss):
-    if not isinstance(value, jax.Array):
+    if not (isinstance(value, jax.Array) and is_inexact(value)):
         raise ValueError(
-            f"loss returns {type(value).__name__}, not an array. Return a scalar, or pass "
+            f"loss returns {value}, which has no gradient. Return a floating-point array, or pass "
             "has_aux=True for (value, aux)."
         )
     if grad_loss is None:
@@ -88,7 +94,9 @@ def apply_gradients(
     Array(3., dtype=float32)
     """
     if all(g is None for g in jax.tree.leaves(grads, is_leaf=is_none)):
-        raise ValueError("grads holds no gradient: every leaf is None.")
+        raise ValueError(
+            "grads holds no gradient: every leaf is None. Pass what compute_gradients returns."
+        )
     updates, opt_state = tx.update(grads, opt_state, params)
     return tree_map(apply_update, params=params, updates=updates), opt_state
 
