@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 Tree = Any
@@ -68,7 +69,7 @@ def check_shape(leaf: str, **arrays) -> None:
         if other is None or np.shape(other) != np.shape(array):
             has = "nothing" if other is None else f"shape {np.shape(other)}"
             raise ValueError(
-                f"{name} has {has} at leaf {leaf!r} where {first} has shape {np.shape(array)}. "
+                f"{name} has {has} at leaf {leaf!r} where {first} has {np.shape(array)}. "
                 f"Pass {first} and {name} made from the same parameters."
             )
 
@@ -114,6 +115,19 @@ def is_concrete(x) -> bool:
 def scalar(x, dtype):
     """A hyper-parameter rounded to `dtype` before anything is computed with it."""
     return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)[()]
+
+
+def beside(params: Tree, x: jax.Array) -> jax.Array:
+    """A scalar of a new state, on every device that the parameters are sharded over.
+
+    Left on one device, it would come back from the first step on all of them, and the second step
+    would be compiled again.
+    """
+    for p in jax.tree.leaves(params):
+        sharding = p.sharding if isinstance(p, jax.Array) and is_concrete(p) else None
+        if isinstance(sharding, NamedSharding):
+            return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return x
 
 
 def apply_update(p, u):
