@@ -18,6 +18,7 @@ from ._schedules import DecayLike, as_decay
 from ._tree import (
     Tree,
     apply_update,
+    beside,
     check_shape,
     did_you_mean,
     is_inexact,
@@ -89,7 +90,7 @@ def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> Moving
 
     def init(values):
         shadow = tree_map(copy, values=values)
-        return EmaState(jnp.zeros((), jnp.int32), shadow)
+        return EmaState(beside(values, jnp.zeros((), jnp.int32)), shadow)
 
     def update(values, state, num_updates=None):
         if isinstance(state, SwappedEmaState):

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from ._tree import (
     Tree,
+    beside,
     check,
     check_floating,
     check_shape,
@@ -277,8 +278,11 @@ def _optimizer(
     def init(params):
         check_floating("params", params)
         return OptimizerState(
-            step=jnp.zeros((), jnp.int32),
-            powers={name: jnp.array(start, jnp.float32) for name, start in powers.items()},
+            step=beside(params, jnp.zeros((), jnp.int32)),
+            powers={
+                name: beside(params, jnp.array(start, jnp.float32))
+                for name, start in powers.items()
+            },
             slots={
                 name: tree_map(lambda p, start=start: _slot(p, start), params=params)
                 for name, start in slots.items()
