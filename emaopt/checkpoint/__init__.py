@@ -184,29 +184,33 @@ def watch(
     """`(step, averages)` of each checkpoint as it is finished, beside a trainer at work.
 
     Reads only. Every `interval` seconds; the newest one first where several are waiting; those
-    that the trainer deletes meanwhile are passed over. Ends after `timeout` seconds without a new
-    one. `after`: only later steps.
+    that the trainer deletes meanwhile are passed over, so one that cannot be read is an error only
+    if it is still there an interval (at least 2 seconds) later. Ends after `timeout` seconds
+    without a new one. `after`: only later steps.
     """
     if interval <= 0:
         raise ValueError(f"interval={interval} is out of range. Pass seconds, above 0.")
-    seen: set[int] = set()
+    directory, done, unreadable = Path(directory), set(), {}
     since = time.monotonic()
     while True:
-        found = finished_steps(Path(directory))
-        new = [s for s in found if s not in seen and (after is None or s > after)]
-        seen &= set(found)
+        found = finished_steps(directory)
+        done &= found.keys()
+        new = [s for s in found.keys() - done if after is None or s > after]
+        now = time.monotonic()
         if new:
             newest = max(new)
-            seen.add(newest)
             try:
                 averaged = restore_averages(found[newest], like)
             except (ValueError, OSError):
-                if newest in finished_steps(Path(directory)):
+                first = unreadable.setdefault(newest, now)
+                if newest in finished_steps(directory) and now - first > max(interval, 2.0):
                     raise
+                time.sleep(min(interval, 0.1))
                 continue
+            done.add(newest)
             yield newest, averaged
             since = time.monotonic()
-        elif timeout is not None and time.monotonic() - since >= timeout:
+        elif timeout is not None and now - since >= timeout:
             return
         else:
             time.sleep(interval)

@@ -118,12 +118,13 @@ class Stored:
     def averages(self, names: Iterable[KeyPath], name: str | None) -> dict[KeyPath, Source]:
         """Where the average of each named leaf stands; leaves found nowhere are left out.
 
-        An average is a node with a `shadow` and a `step`. A leaf that no average holds is read
-        from the parameters, and all of them are if the average was swapped.
+        In the shadow, or where the parameters are if the average was swapped with them; a leaf
+        that has no average is the parameter.
         """
         index = {logical(path): path for path in self.paths()}
         nodes = self._average_nodes(index, name)
-        root = _root_of_params(index, nodes, set(names))
+        everywhere = _average_nodes(index)
+        root = _root_of_params(index, everywhere, set(names))
         sources = {}
         for leaf in names:
             holders = [node for node in nodes if (*node, SHADOW, *leaf) in index]
@@ -133,12 +134,16 @@ class Stored:
                     f"{'/'.join(leaf)!r}. Pass name=, what tells them apart in: "
                     f"{', '.join('/'.join(node) for node in holders)}."
                 )
-            param = index.get((*root, *leaf))
-            shadow = index.get((*holders[0], SHADOW, *leaf)) if holders else None
-            swapped = bool(holders) and (*holders[0], MARKER) in index
-            path = shadow if shadow and not swapped else param
+            in_params = index.get((*root, *leaf))
+            swapped = [n for n, is_swapped in everywhere.items() if is_swapped]
+            raw = [index[at] for n in swapped if (at := (*n, SHADOW, *leaf)) in index]
+            param = raw[0] if raw else in_params
+            if not holders:
+                path = param
+            else:
+                path = in_params if everywhere[holders[0]] else index[(*holders[0], SHADOW, *leaf)]
             if path is not None:
-                sources[leaf] = Source(path, self.leaf((shadow if swapped else param) or path))
+                sources[leaf] = Source(path, self.leaf(param or path))
         return sources
 
     def params_like(self) -> Tree:
@@ -179,22 +184,15 @@ class Stored:
             )
 
     def _average_nodes(self, index: Iterable[KeyPath], name: str | None) -> list[KeyPath]:
-        """The path of every average; of those that are swapped if any is; of that name."""
-        index = set(index)
-        nodes = {
-            path[:i]
-            for path in index
-            for i, key in enumerate(path)
-            if key == SHADOW and (*path[:i], STEP) in index
-        }
-        swapped = {node for node in nodes if (*node, MARKER) in index}
-        if name is None:
-            nodes = swapped or nodes
-        else:
-            nodes = {node for node in nodes if set(name.split("/")) <= set(node)}
+        """The averages of that name; without one those that are swapped, or all if none is."""
+        found = _average_nodes(index)
+        swapped = [node for node, is_swapped in found.items() if is_swapped]
+        nodes = swapped or list(found)
+        if name is not None:
+            nodes = [node for node in found if set(name.split("/")) <= set(node)]
         exported = DIGESTS in self.items and "opt_state" not in self.items
         if nodes or (exported and name is None):
-            return sorted(nodes)
+            return nodes
         raise ValueError(
             f"checkpoint {self.path} holds no average{f' named {name!r}' if name else ''}. It has "
             f"{', '.join(sorted({'/'.join(path[:2]) for path in index}))}. Save the opt_state of a "
@@ -297,7 +295,19 @@ def _read_metadata(path: Path) -> dict[str, Tree]:
     return trees
 
 
-def _root_of_params(index: Iterable[KeyPath], nodes: list[KeyPath], names: set) -> KeyPath:
+def _average_nodes(index: Iterable[KeyPath]) -> dict[KeyPath, bool]:
+    """Every average, a node with a `shadow` and a `step`: its path, and whether it is swapped."""
+    index = set(index)
+    found = {
+        path[:i]
+        for path in index
+        for i, key in enumerate(path)
+        if key == SHADOW and (*path[:i], STEP) in index
+    }
+    return {node: (*node, MARKER) in index for node in sorted(found)}
+
+
+def _root_of_params(index: Iterable[KeyPath], nodes: Iterable[KeyPath], names: set) -> KeyPath:
     """The node that the parameters are in.
 
     Of the nodes outside the averages, the one that holds most of the names and has the least of
