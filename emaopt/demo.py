@@ -1,0 +1,258 @@
+"""`emaopt demo`: a small network learns handwritten digits, and its average reads them better.
+
+Run as a file, with a checkpoint as its argument, this module is the other process: it reads the
+parameters with plain Orbax and evaluates them, and imports neither emaopt nor optax for it.
+"""
+
+import os
+import subprocess
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from orbax.checkpoint import v1 as ocp
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+
+BATCH_SIZE = 32
+
+
+class Network(nn.Module):
+    """Two convolutions and two dense layers: 8x8 grey images to ten logits."""
+
+    @nn.compact
+    def __call__(self, images):  # noqa: D102
+        x = nn.relu(nn.Conv(16, (3, 3), name="conv1")(images))
+        x = nn.relu(nn.Conv(32, (3, 3), strides=2, name="conv2")(x))
+        x = nn.relu(nn.Dense(64, name="dense")(x.reshape(len(x), -1)))
+        return nn.Dense(10, name="logits")(x)
+
+
+def digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Images and labels to train with and to test with: the two halves, always the same.
+
+    The 1797 real digits that come with scikit-learn.
+    """
+    data: Any = load_digits()
+    images = (data.images[..., None] / 16).astype(np.float32)
+    labels = data.target.astype(np.int32)
+    half = len(images) // 2
+    return (images[:half], labels[:half]), (images[half:], labels[half:])
+
+
+def batches(images: np.ndarray, labels: np.ndarray, seed: int, epoch: int) -> Iterator[tuple]:
+    """The batches of one epoch: a function of the seed and the epoch, so that a run can resume.
+
+    Each image is moved by up to one pixel, so that no two epochs are alike.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[1:3], axis=(1, 2))
+    down, right = rng.integers(0, 3, (2, len(images)))
+    moved = windows[np.arange(len(images)), down, right, 0][..., None]
+    order = rng.permutation(len(images))
+    for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
+        chosen = order[start : start + BATCH_SIZE]
+        yield moved[chosen], labels[chosen]
+
+
+def logits(params, images) -> Any:
+    """What the network says of each image."""
+    return Network().apply({"params": params}, images)
+
+
+@jax.jit
+def predict(params, images):
+    """The digit that the network sees in each image."""
+    return jnp.argmax(logits(params, images), axis=-1)
+
+
+def accuracy(params, images: np.ndarray, labels: np.ndarray) -> float:
+    """The share of the images that are read right."""
+    return float(np.mean(np.asarray(predict(params, images)) == labels))
+
+
+def run(*, seed: int, epochs: int, out: Path, resume: bool) -> None:
+    """Train, draw, and let another process read the last checkpoint."""
+    # the network is too small to gain from an accelerator, and the CPU repeats every bit
+    jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+    checkpoints = _directory(out, resume)
+    averages, history = train(checkpoints, seed, epochs)
+    draw(history, out / "accuracy.png")
+    last = str(len(history))
+    here = accuracy(averages, *digits()[1])
+    there = _in_another_process(checkpoints / last)
+    print(f"\naverages in this process                            {here:.2%}")
+    print("averages in another process, which read them with")
+    print(f"plain Orbax and knows no optimizer                  {there:.2%}")
+    print(f"checkpoint  {out / 'checkpoints' / last}\npicture     {out / 'accuracy.png'}")
+    if here != there:
+        raise SystemExit("emaopt demo: the two differ, so the checkpoint is wrong.")
+
+
+def train(checkpoints: Path, seed: int, epochs: int) -> tuple[Any, np.ndarray]:
+    """`(averages, history)` after the last epoch, beginning after the newest checkpoint.
+
+    The history has a row for each epoch: loss, accuracy of the parameters and of the averages.
+    """
+    import optax
+
+    import emaopt
+
+    training, test = digits()
+    steps = len(training[0]) // BATCH_SIZE
+
+    def loss(params, images, labels):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
+        return jnp.mean(losses)
+
+    rate = emaopt.exponential_decay(0.006, decay_steps=6 * steps, decay_rate=0.9, staircase=True)
+    tx = optax.chain(
+        emaopt.clip_by_global_norm(1.0),
+        emaopt.rmsprop(rate, decay=0.9, momentum=0.9, epsilon=1e-3),
+        emaopt.ema(emaopt.warmup(0.99)),
+    )
+    step = emaopt.minimize(loss, tx)
+    params = Network().init(jax.random.key(seed), training[0][:1])["params"]
+    opt_state = tx.init(params)
+    history = np.zeros((0, 3))
+
+    with ocp.training.Checkpointer(str(checkpoints)) as checkpointer:
+        if checkpointer.latest is not None:
+            params, opt_state, rest = load(checkpointer, params, opt_state)
+            history = rest["history"]
+            _check_same_run(seed, epochs, rest["seed"], len(history))
+            print(f"resumed after epoch {len(history)}")
+        if len(history) < epochs:
+            print("epoch    loss  accuracy: raw  averaged")
+        with tqdm(total=epochs * steps, initial=len(history) * steps, disable=None) as bar:
+            for epoch in range(len(history) + 1, epochs + 1):
+                losses = []
+                for batch in batches(*training, seed, epoch):
+                    params, opt_state, value = step(params, opt_state, *batch)
+                    losses.append(value)
+                    bar.update()
+                raw = accuracy(params, *test)
+                averaged = accuracy(emaopt.average(params, opt_state), *test)
+                history = np.append(history, [[np.mean(losses), raw, averaged]], axis=0)
+                save(checkpointer, epoch, params, opt_state, seed=seed, history=history)
+                bar.write(f"{epoch:5}  {history[-1, 0]:.4f}  {raw:13.2%}  {averaged:8.2%}")
+                sys.stdout.flush()
+    return emaopt.average(params, opt_state), history
+
+
+def save(checkpointer: ocp.training.Checkpointer, epoch: int, params, opt_state, **rest) -> None:
+    """Save a checkpoint in which the averages stand under the original names."""
+    import emaopt
+
+    averages, swapped = emaopt.swap(params, opt_state)
+    items = {"params": averages, "opt_state": swapped, "rest": rest}
+    checkpointer.save_checkpointables(epoch, items)
+
+
+def load(checkpointer: ocp.training.Checkpointer, params, opt_state) -> tuple[Any, Any, dict]:
+    """`(params, opt_state, rest)` of the newest checkpoint, into trees like those given."""
+    import emaopt
+
+    averages, swapped = emaopt.swap(params, opt_state)
+    template = {"params": averages, "opt_state": swapped, "rest": None}
+    items = checkpointer.load_checkpointables(checkpointer.latest, template)
+    return *emaopt.swap(items["params"], items["opt_state"]), items["rest"]
+
+
+def evaluate(checkpoint: Path) -> float:
+    """The accuracy of a checkpoint's item `params`, for one who knows only the network."""
+    _, (images, labels) = digits()
+    shapes = jax.eval_shape(Network().init, jax.random.key(0), images[:1])["params"]
+    template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    params = ocp.load(str(checkpoint), template, checkpointable_name="params")
+    return accuracy(params, images, labels)
+
+
+def draw(history: np.ndarray, path: Path) -> None:
+    """Both accuracies over the epochs, as a PNG picture."""
+    epochs = np.arange(1, len(history) + 1)
+    raw, averaged = 100 * history[:, 1:].T
+    blue, orange = "#1f4e9c", "#c2703d"
+    figure = Figure(figsize=(7.2, 4.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(epochs, raw, averaged, where=averaged >= raw, color=blue, alpha=0.08, lw=0)
+    axes.plot(epochs, raw, color=orange, lw=1.3, marker="o", ms=3)
+    axes.plot(epochs, averaged, color=blue, lw=2.2, marker="o", ms=4)
+    for name, values, others, color in (
+        ("averaged", averaged, raw, blue),
+        ("raw", raw, averaged, orange),
+    ):
+        axes.annotate(
+            f"{name} {values[-1]:.1f} %",
+            (epochs[-1], values[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="bottom" if values[-1] > others[-1] else "top",
+            color=color,
+            annotation_clip=False,
+        )
+    # the first epochs would flatten the rest
+    axes.set_ylim(max(0.0, 100 - 6 * max(0.5, 100 - averaged[-1])), 100)
+    axes.set_xlim(0, 1.01 * epochs[-1])
+    axes.set(xlabel="epoch", ylabel="test digits read right (%)")
+    axes.set_title(
+        f"In {np.sum(averaged > raw)} of {len(epochs)} epochs the averaged parameters read more "
+        "digits right\nthan the raw ones of the same epoch",
+        loc="left",
+        fontsize=11,
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _directory(out: Path, resume: bool) -> Path:
+    """Where the checkpoints are, made for a new run."""
+    checkpoints = out / "checkpoints"
+    try:
+        if resume and not checkpoints.is_dir():
+            raise ArgumentError(None, f"--out {out} holds no run. Leave out --resume to start one")
+        if not resume and out.exists() and any(out.iterdir()):
+            raise ArgumentError(
+                None, f"--out {out} is not empty. Pass --resume to go on there, or another --out"
+            )
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            None, f"--out {out} cannot be used: {error.strerror}. Pass another --out"
+        ) from None
+    return checkpoints.resolve()
+
+
+def _check_same_run(seed: int, epochs: int, saved_seed: int, done: int) -> None:
+    if seed != saved_seed:
+        raise ArgumentError(
+            None,
+            f"--seed {seed}: the run to resume has seed {saved_seed}. Pass --seed {saved_seed}",
+        )
+    if epochs < done:
+        raise ArgumentError(
+            None,
+            f"--epochs {epochs}: the run to resume has done {done}. Pass --epochs {done} or more",
+        )
+
+
+def _in_another_process(checkpoint: Path) -> float:
+    """`evaluate`, run from this file, whose directory must not be searched for modules (-P)."""
+    command = [sys.executable, "-P", __file__, str(checkpoint)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+if __name__ == "__main__":
+    print(evaluate(Path(sys.argv[1])))

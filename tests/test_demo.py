@@ -1,0 +1,209 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from orbax.checkpoint import v1 as ocp
+
+import emaopt
+from emaopt import demo
+from emaopt.__main__ import main
+
+
+EPOCHS = 4
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+# `emaopt demo`, met by a signal in the middle of an epoch
+INTERRUPTED = """
+import os, sys
+from emaopt import __main__, demo
+
+def interrupted(images, labels, seed, epoch, batches=demo.batches):
+    for i, batch in enumerate(batches(images, labels, seed, epoch)):
+        if (epoch, i) == ({epoch}, 9):
+            os.kill(os.getpid(), {signal})
+        yield batch
+
+demo.batches = interrupted
+__main__.main()
+"""
+
+# the other process, on a machine where no optimizer is installed
+READER = """
+import runpy, sys
+sys.modules |= {"emaopt": None, "optax": None}
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def call(*command):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def table(output):
+    """Epoch, loss, raw and averaged accuracy, of each line that has them."""
+    return re.findall(r"^ +(\d+)  (\d\.\d{4}) +(\d+\.\d\d%) +(\d+\.\d\d%)$", output, re.MULTILINE)
+
+
+def item(out, epoch, name):
+    return ocp.load(out / "checkpoints" / str(epoch), checkpointable_name=name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run without a break: its directory and its output."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    done = call("-m", "emaopt", "demo", "--epochs", EPOCHS, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_each_epoch_gets_a_line_and_a_pipe_gets_no_progress_bar(finished):
+    _, done = finished
+    assert done.stderr == ""
+    epochs, losses, *_ = zip(*table(done.stdout), strict=True)
+    assert epochs == ("1", "2", "3", "4")
+    assert float(losses[-1]) < 0.6 * float(losses[0])
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_checkpoint_has_the_averages_under_the_original_names(finished):
+    out, done = finished
+    params, opt_state = item(out, EPOCHS, "params"), item(out, EPOCHS, "opt_state")
+    assert sorted(params) == ["conv1", "conv2", "dense", "logits"]
+    _, test = demo.digits()
+    raw, averaged = (f"{demo.accuracy(p, *test):.2%}" for p in (opt_state[2]["shadow"], params))
+    assert raw != averaged
+    assert table(done.stdout)[-1][2:] == (raw, averaged)
+
+
+def test_a_process_without_optimizers_reads_the_averages_to_the_same_accuracy(finished):
+    out, done = finished
+    read = call("-P", "-c", READER, demo.__file__, out / f"checkpoints/{EPOCHS}")
+    shown = f"{float(read.stdout):.2%}"
+    assert table(done.stdout)[-1][3] == shown
+    assert re.findall(r"process  +(\S+)$|optimizer  +(\S+)$", done.stdout, re.MULTILINE) == [
+        (shown, ""),
+        ("", shown),
+    ]
+
+
+def test_the_picture_shows_both_curves(finished):
+    out, _ = finished
+    pixels = np.round(imread(out / "accuracy.png") * 255).astype(int)
+    assert pixels.shape == (420, 720, 4)
+    for color in "#1f4e9c", "#c2703d":
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.sum(np.all(pixels[..., :3] == rgb, axis=-1)) > 300
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_run_that_was_interrupted_resumes_to_the_same_bits(finished, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "run"
+    arguments = ["demo", "--out", out, "--epochs"]
+
+    code = INTERRUPTED.format(epoch=2, signal=int(signal.SIGKILL))
+    killed = call("-c", code, *arguments, EPOCHS - 1)
+    assert killed.returncode == -signal.SIGKILL
+    assert [row[0] for row in table(killed.stdout)] == ["1"]
+
+    code = INTERRUPTED.format(epoch=3, signal=int(signal.SIGINT))
+    stopped = call("-c", code, *arguments, EPOCHS, "--resume")
+    assert stopped.returncode == 130
+    assert stopped.stderr == "\nemaopt demo: interrupted. With --resume it continues.\n"
+
+    resumed = call("-m", "emaopt", *arguments, EPOCHS, "--resume")
+    assert "resumed after epoch 2" in resumed.stdout
+    assert [row[0] for row in table(resumed.stdout)] == ["3", "4"]
+    for name in "params", "opt_state", "rest":
+        ours, theirs = item(out, EPOCHS, name), item(whole, EPOCHS, name)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert (out / "accuracy.png").read_bytes() == (whole / "accuracy.png").read_bytes()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    main(["demo", "--out", str(tmp_path), "--epochs", "1", "--resume"])
+    shown = capsys.readouterr().out
+    assert "resumed" not in shown
+    assert [row[0] for row in table(shown)] == ["1"]
+
+
+def test_a_checkpoint_that_evaluates_otherwise_fails_the_demo(finished, monkeypatch):
+    out, _ = finished
+    monkeypatch.setattr(demo, "_in_another_process", lambda checkpoint: 0.5)
+    with pytest.raises(SystemExit, match="the checkpoint is wrong"):
+        main(["demo", "--out", str(out), "--epochs", str(EPOCHS), "--resume"])
+
+
+def test_the_seed_and_the_epoch_decide_the_batches():
+    training, _ = demo.digits()
+    epoch = lambda *which: np.concatenate([x for x, _ in demo.batches(*training, *which)])
+    np.testing.assert_array_equal(epoch(0, 1), epoch(0, 1))
+    assert np.any(epoch(0, 1) != epoch(0, 2))
+    assert np.any(epoch(0, 1) != epoch(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("", "emaopt: the following arguments are required: command"),
+        ("train", "emaopt: argument command: invalid choice: 'train'"),
+        ("demo --epoch", "emaopt demo: argument --epochs: expected one argument"),
+        ("demo --epochs 0", "emaopt demo: argument --epochs: '0' is no whole number from 1 to"),
+        ("demo --epochs two", "emaopt demo: argument --epochs: 'two' is no whole number from 1"),
+        ("demo --seed -1", "emaopt demo: argument --seed: '-1' is no whole number from 0 to"),
+        ("demo --seed 4294967296", "argument --seed: '4294967296' is no whole number from 0 to"),
+        ("demo --quick", "emaopt: unrecognized arguments: --quick"),
+        ("demo --out used", "emaopt demo: --out used is not empty. Pass --resume to go on there"),
+        ("demo --out used/file", "--out used/file cannot be used: Not a directory. Pass another"),
+        ("demo --resume", "emaopt demo: --out emaopt-demo holds no run. Leave out --resume"),
+        ("demo --out used --resume", "emaopt demo: --out used holds no run. Leave out --resume"),
+        ("demo --out {run} --resume --seed 1", "has seed 0. Pass --seed 0"),
+        ("demo --out {run} --resume --epochs 3", "has done 4. Pass --epochs 4 or more"),
+    ],
+)
+def test_wrong_arguments_get_one_line(arguments, told, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("used").mkdir()
+    Path("used/file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.format(run=finished[0]).split())
+    assert exit_.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert told in shown.err
+    assert shown.err.endswith(" --help.\n")
+    assert shown.err.count("\n") == 1
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "emaopt.demo")
+    monkeypatch.delattr(emaopt, "demo")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit, match=r'pip install "emaopt\[demo\]"'):
+        main(["demo"])
+
+
+def test_help_shows_every_argument_and_examples(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for argument in "--seed", "--epochs", "--out", "--resume", "emaopt demo --epochs 60 --resume":
+        assert argument in shown
+
+
+def test_the_command_is_installed_and_knows_its_version():
+    script = Path(sys.executable).with_name("emaopt")
+    shown = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"emaopt {emaopt.__version__}\n"
