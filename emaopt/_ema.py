@@ -116,12 +116,24 @@ def _lerp(name: str, x, s, rate):
     if not is_inexact(s):
         return x if x.dtype == s.dtype else jnp.asarray(x).astype(s.dtype)
     dtype = wide(s.dtype)
-    old, x = s.astype(dtype), jnp.asarray(x).astype(dtype)
+    old, x = s.astype(dtype), _widen(x, dtype)
     new = old - (old - x) * jnp.asarray(rate).astype(dtype)
     if not isinstance(rate, np.generic):
         # a copy is exact, and a value that is not taken cannot poison the average
         new = jnp.where(rate >= 1, x, jnp.where(rate <= 0, old, new))
     return new.astype(s.dtype)
+
+
+def _widen(x, dtype):
+    """A value in the dtype of the arithmetic, after it was rounded to its own.
+
+    XLA leaves that rounding out where a bfloat16 sum goes on in float32, and the average would be
+    of parameters that never were.
+    """
+    x = jnp.asarray(x)
+    if x.dtype == jnp.bfloat16:
+        x = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 def ema(
