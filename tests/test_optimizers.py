@@ -1,0 +1,413 @@
+"""The seven optimizers: signatures, state, absent gradients, hyper-parameters, and their rules.
+
+TensorFlow's own numbers are in test_golden.py; here each rule has a slow sibling in float64.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import emaopt
+from emaopt import OptimizerState
+
+
+NO_DEFAULT = inspect.Parameter.empty
+# TF1's arguments and defaults, without use_locking, name and Ftrl's slot names
+SIGNATURES = {
+    "gradient_descent": {"learning_rate": NO_DEFAULT},
+    "momentum": {"learning_rate": NO_DEFAULT, "momentum": NO_DEFAULT, "use_nesterov": False},
+    "adagrad": {"learning_rate": NO_DEFAULT, "initial_accumulator_value": 0.1},
+    "adadelta": {"learning_rate": 0.001, "rho": 0.95, "epsilon": 1e-8},
+    "adam": {"learning_rate": 0.001, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+    "ftrl": {
+        "learning_rate": NO_DEFAULT,
+        "learning_rate_power": -0.5,
+        "initial_accumulator_value": 0.1,
+        "l1_regularization_strength": 0.0,
+        "l2_regularization_strength": 0.0,
+        "l2_shrinkage_regularization_strength": 0.0,
+    },
+    "rmsprop": {
+        "learning_rate": NO_DEFAULT,
+        "decay": 0.9,
+        "momentum": 0.0,
+        "epsilon": 1e-10,
+        "centered": False,
+    },
+}
+
+
+def slow_gradient_descent(g, p, *, learning_rate):
+    return (p - learning_rate * g,)
+
+
+def slow_momentum(g, p, a, *, learning_rate, momentum, use_nesterov=False):
+    a = momentum * a + g
+    step = g + momentum * a if use_nesterov else a
+    return p - learning_rate * step, a
+
+
+def slow_adagrad(g, p, a, *, learning_rate, initial_accumulator_value):
+    a = a + g**2
+    return p - learning_rate * g / np.sqrt(a), a
+
+
+def slow_adadelta(g, p, a, d, *, learning_rate, rho, epsilon):
+    a = rho * a + (1 - rho) * g**2
+    u = np.sqrt((d + epsilon) / (a + epsilon)) * g
+    return p - learning_rate * u, a, rho * d + (1 - rho) * u**2
+
+
+def slow_adam(g, p, m, v, *, t, learning_rate, beta1, beta2, epsilon):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    alpha = learning_rate * np.sqrt(1 - beta2**t) / (1 - beta1**t)
+    return p - alpha * m / (np.sqrt(v) + epsilon), m, v
+
+
+def slow_ftrl(g, p, n, z, *, learning_rate, learning_rate_power, **strength):
+    l1, l2, shrinkage = (
+        strength[f"{s}_regularization_strength"] for s in ("l1", "l2", "l2_shrinkage")
+    )
+    root = lambda n: n**-learning_rate_power / learning_rate
+    z = z + g + 2 * shrinkage * p - (root(n + g**2) - root(n)) * p
+    n = n + g**2
+    p = np.where(np.abs(z) <= l1, 0, -(z - np.sign(z) * l1) / (root(n) + 2 * l2))
+    return p, n, z
+
+
+def slow_rmsprop(g, p, rms, *rest, learning_rate, decay, momentum, epsilon, centered=False):
+    *mg, mom = rest
+    rms = decay * rms + (1 - decay) * g**2
+    mg = [decay * mean + (1 - decay) * g for mean in mg]
+    variance = rms - mg[0] ** 2 if centered else rms
+    mom = momentum * mom + learning_rate * g / np.sqrt(variance + epsilon)
+    return p - mom, rms, *mg, mom
+
+
+# factory, hyper-parameters, the slots with their start values, the sibling
+OPTIMIZERS = {
+    "gradient_descent": (
+        emaopt.gradient_descent,
+        {"learning_rate": 0.3},
+        {},
+        slow_gradient_descent,
+    ),
+    "momentum": (
+        emaopt.momentum,
+        {"learning_rate": 0.3, "momentum": 0.8},
+        {"momentum": 0.0},
+        slow_momentum,
+    ),
+    "nesterov": (
+        emaopt.momentum,
+        {"learning_rate": 0.3, "momentum": 0.8, "use_nesterov": True},
+        {"momentum": 0.0},
+        slow_momentum,
+    ),
+    "adagrad": (
+        emaopt.adagrad,
+        {"learning_rate": 0.3, "initial_accumulator_value": 0.25},
+        {"accumulator": 0.25},
+        slow_adagrad,
+    ),
+    "adadelta": (
+        emaopt.adadelta,
+        {"learning_rate": 0.3, "rho": 0.7, "epsilon": 0.01},
+        {"accum": 0.0, "accum_update": 0.0},
+        slow_adadelta,
+    ),
+    "adam": (
+        emaopt.adam,
+        {"learning_rate": 0.3, "beta1": 0.6, "beta2": 0.8, "epsilon": 0.05},
+        {"m": 0.0, "v": 0.0},
+        slow_adam,
+    ),
+    "ftrl": (
+        emaopt.ftrl,
+        {
+            "learning_rate": 0.3,
+            "learning_rate_power": -0.7,
+            "initial_accumulator_value": 0.25,
+            "l1_regularization_strength": 0.2,
+            "l2_regularization_strength": 0.4,
+            "l2_shrinkage_regularization_strength": 0.1,
+        },
+        {"accum": 0.25, "linear": 0.0},
+        slow_ftrl,
+    ),
+    "rmsprop": (
+        emaopt.rmsprop,
+        {"learning_rate": 0.3, "decay": 0.7, "momentum": 0.5, "epsilon": 0.05},
+        {"rms": 1.0, "momentum": 0.0},
+        slow_rmsprop,
+    ),
+    "rmsprop_centered": (
+        emaopt.rmsprop,
+        {"learning_rate": 0.3, "decay": 0.7, "momentum": 0.5, "epsilon": 0.05, "centered": True},
+        {"rms": 1.0, "mg": 0.0, "momentum": 0.0},
+        slow_rmsprop,
+    ),
+}
+PARAMS = {"b": jnp.float32(0.5), "w": jnp.array([[1.0, -2.0, 0.0]])}
+GRADS = [
+    {"b": jnp.float32(b), "w": jnp.array([w], jnp.float32)}
+    for b, w in ((1.0, (2.0, -0.5, 0.0)), (-3.0, (0.1, 4.0, 0.0)), (0.5, (-1.0, 0.0, 0.2)))
+]
+
+each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def make(name, **hyper):
+    factory, defaults, _, _ = OPTIMIZERS[name]
+    return factory(**(defaults | hyper))
+
+
+def train(tx, params=PARAMS, grads=GRADS):
+    state, update = tx.init(params), jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_equal(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def assert_close(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), got, expected)
+
+
+def dtypes(tree):
+    return {x.dtype.name for x in jax.tree.leaves(tree)}
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_arguments_and_defaults_are_tf1s(name):
+    parameters = inspect.signature(getattr(emaopt, name)).parameters
+    assert {k: p.default for k, p in parameters.items()} == SIGNATURES[name]
+    assert list(parameters) == list(SIGNATURES[name])
+
+
+@each_optimizer
+def test_the_update_is_that_of_the_slow_sibling(name):
+    _, hyper, slots, slow = OPTIMIZERS[name]
+    params, state = train(make(name))
+    for leaf in PARAMS:
+        p = np.asarray(PARAMS[leaf], np.float64)
+        rows = [np.full_like(p, start) for start in slots.values()]
+        for t, g in enumerate(GRADS, start=1):
+            clock = {"t": t} if name == "adam" else {}
+            p, *rows = slow(np.asarray(g[leaf], np.float64), p, *rows, **clock, **hyper)
+        np.testing.assert_allclose(params[leaf], p, rtol=1e-5, atol=1e-6)
+        for slot, row in zip(slots, rows, strict=True):
+            np.testing.assert_allclose(state.slots[slot][leaf], row, rtol=1e-5, atol=1e-6)
+
+
+@each_optimizer
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_slots_start_as_in_tf1_in_float32_or_wider(name, dtype, x64):
+    _, _, slots, _ = OPTIMIZERS[name]
+    params = cast(PARAMS, dtype)
+    state = make(name).init(params)
+    wide = "float64" if dtype == jnp.float64 else "float32"
+    assert list(state.slots) == list(slots)
+    for slot, start in slots.items():
+        expected = jax.tree.map(lambda p, start=start: np.full(p.shape, start, wide), params)
+        assert_equal(state.slots[slot], expected)
+        assert dtypes(state.slots[slot]) == {wide}
+    assert (state.step, state.step.dtype, state.step.shape) == (0, jnp.int32, ())
+    assert list(state.powers) == (["beta1_power", "beta2_power"] if name == "adam" else [])
+    assert dtypes(state.powers) <= {"float32"}
+
+
+@each_optimizer
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_computed_in_float32(name, dtype):
+    tx = make(name)
+    params, grads = cast(PARAMS, dtype), cast(GRADS[0], dtype)
+    updates, state = tx.update(grads, tx.init(params), params)
+    wide = cast(params, jnp.float32)
+    expected, expected_state = tx.update(cast(grads, jnp.float32), tx.init(wide), wide)
+    assert_equal(state, expected_state)
+    assert_equal(updates, cast(expected, dtype))
+    assert dtypes(updates) == {jnp.dtype(dtype).name}
+
+
+@each_optimizer
+def test_the_update_has_the_dtype_of_the_gradient(name):
+    tx = make(name)
+    updates, state = tx.update(cast(GRADS[0], jnp.bfloat16), tx.init(PARAMS), PARAMS)
+    assert dtypes(updates) == {"bfloat16"}
+    assert dtypes(state.slots) <= {"float32"}
+
+
+@each_optimizer
+def test_float64_stays_float64(name, x64):
+    tx = make(name)
+    params, grads = cast(PARAMS, jnp.float64), cast(GRADS[0], jnp.float64)
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert dtypes((updates, state.slots)) == {"float64"}
+
+
+@each_optimizer
+def test_an_absent_gradient_leaves_its_slots(name):
+    tx = make(name)
+    _, state = train(tx)
+    update = jax.jit(tx.update)
+    updates, after = update({"b": None, "w": GRADS[0]["w"]}, state, PARAMS)
+    expected, expected_after = update(GRADS[0], state, PARAMS)
+    assert updates["b"] is None
+    np.testing.assert_array_equal(updates["w"], expected["w"])
+    assert after.step == state.step + 1
+    assert_equal(after.powers, expected_after.powers)
+    for slot in state.slots:
+        np.testing.assert_array_equal(after.slots[slot]["b"], state.slots[slot]["b"])
+        np.testing.assert_array_equal(after.slots[slot]["w"], expected_after.slots[slot]["w"])
+
+
+@each_optimizer
+def test_an_absent_parameter_has_no_slots(name):
+    tx = make(name)
+    params = PARAMS | {"frozen": None, "masked": optax.MaskedNode()}
+    state = tx.init(params)
+    assert all(slot["frozen"] is None for slot in state.slots.values())
+    grads = GRADS[0] | {"frozen": None, "masked": optax.MaskedNode()}
+    updates, after = tx.update(grads, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    expected, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+    assert_equal({k: updates[k] for k in PARAMS}, expected)
+
+
+@each_optimizer
+def test_an_empty_tree_only_counts(name):
+    tx = make(name)
+    updates, state = tx.update({}, tx.init({}), {})
+    assert updates == {}
+    assert state.step == 1
+
+
+@each_optimizer
+def test_parameters_are_needed_by_ftrl_only(name):
+    tx = make(name)
+    if name == "ftrl":
+        with pytest.raises(ValueError, match="params is missing: Ftrl"):
+            tx.update(GRADS[0], tx.init(PARAMS))
+    else:
+        got = tx.update(GRADS[0], tx.init(PARAMS))
+        assert_equal(got, tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=1.0))
+
+
+@each_optimizer
+def test_a_schedule_is_the_number_at_the_updates_before_this_one(name):
+    rates = [0.3, 0.1, 0.2]
+    scheduled = make(name, learning_rate=lambda step: jnp.asarray(rates)[step])
+    params, state = PARAMS, scheduled.init(PARAMS)
+    for rate, g in zip(rates, GRADS, strict=True):
+        updates, expected_state = make(name, learning_rate=rate).update(g, state, params)
+        got, state = scheduled.update(g, state, params)
+        assert_equal((got, state), (updates, expected_state))
+        params = optax.apply_updates(params, updates)
+
+
+@each_optimizer
+def test_every_hyperparameter_can_be_changed_in_the_state_without_compiling_again(name):
+    factory, hyper, _, _ = OPTIMIZERS[name]
+    tx = optax.inject_hyperparams(factory)(**hyper)
+    update = jax.jit(tx.update)
+    _, state = train(tx)
+    assert_equal(state.inner_state, train(factory(**hyper))[1])
+    numbers = {k for k, v in hyper.items() if not isinstance(v, bool)}
+    assert set(state.hyperparams) == numbers
+    for number in numbers:
+        other = state.hyperparams | {number: state.hyperparams[number] * 0.75}
+        got, after = update(GRADS[0], state._replace(hyperparams=other), PARAMS)
+        plain = factory(**(hyper | {number: float(other[number])}))
+        expected = jax.jit(plain.update)(GRADS[0], state.inner_state, PARAMS)
+        assert_close((got, after.inner_state), expected)
+    assert update._cache_size() == 1
+
+
+@each_optimizer
+def test_the_step_counts_and_does_not_overflow(name):
+    tx = make(name)
+    _, state = train(tx)
+    assert state.step == len(GRADS)
+    last = np.iinfo(np.int32).max
+    _, state = tx.update(GRADS[0], state._replace(step=jnp.int32(last)), PARAMS)
+    assert state.step == last
+
+
+def test_the_powers_are_running_products_in_float32():
+    tx = emaopt.adam(beta1=0.9, beta2=0.999)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    power1, power2 = np.float32(0.9), np.float32(0.999)
+    for _ in range(20):
+        assert (state.powers["beta1_power"], state.powers["beta2_power"]) == (power1, power2)
+        _, state = update(GRADS[0], state, PARAMS)
+        power1, power2 = power1 * np.float32(0.9), power2 * np.float32(0.999)
+
+
+@pytest.mark.parametrize("power", [-0.5, -0.7, -1.0, 0.0])
+def test_a_traced_learning_rate_power_is_the_same_rule(power):
+    def update(power):
+        tx = emaopt.ftrl(0.3, power, 0.25)
+        return tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+
+    traced, concrete = jax.jit(update)(power), jax.jit(lambda: update(power))()
+    assert_close(traced, concrete)
+
+
+def ftrl_step(grad, start, **hyper):
+    tx = emaopt.ftrl(1.0, **hyper)
+    p = jnp.float32(start)
+    updates, state = tx.update(jnp.float32(grad), tx.init(p), p)
+    return optax.apply_updates(p, updates), state
+
+
+def test_ftrl_forgets_where_it_started():
+    for start in (5.0, -0.25):
+        assert ftrl_step(0.0, start)[0] == 0
+
+
+def test_ftrl_of_a_zero_accumulator_and_a_zero_gradient_is_zero():
+    p, state = ftrl_step(0.0, 5.0, initial_accumulator_value=0.0)
+    assert (p, state.slots["accum"], state.slots["linear"]) == (0, 0, 0)
+
+
+def test_l1_makes_exact_zeros():
+    assert ftrl_step(4.0, 0.0, l1_regularization_strength=4.0)[0] == 0
+    assert ftrl_step(-4.0, 0.0, l1_regularization_strength=3.0, initial_accumulator_value=9.0)[
+        0
+    ] == pytest.approx(1 / 5)  # (4 - 3) / sqrt(9 + 16)
+
+
+def test_l2_counts_twice_and_shrinkage_does_not_reach_the_accumulator():
+    hyper = {"initial_accumulator_value": 9.0}
+    assert ftrl_step(4.0, 0.0, l2_regularization_strength=1.5, **hyper)[0] == -0.5  # -4 / (5 + 3)
+    _, state = ftrl_step(4.0, 2.0, l2_shrinkage_regularization_strength=0.25, **hyper)
+    assert state.slots["accum"] == 25
+    assert state.slots["linear"] == 4 + 2 * 0.25 * 2 - (5 - 3) * 2
+
+
+def test_the_learning_rate_is_outside_of_momentum_and_inside_of_rmsprops():
+    rate = lambda step: jnp.where(step == 0, 8.0, 0.0)
+    for tx, expected in (
+        (emaopt.momentum(rate, 0.5), 0.0),
+        (emaopt.rmsprop(rate, momentum=0.5, decay=0.0, epsilon=0.0), -4.0),
+    ):
+        _, state = tx.update(jnp.float32(1), tx.init(jnp.float32(0)))
+        assert tx.update(jnp.float32(1), state)[0] == expected
+
+
+def test_the_state_is_of_one_public_type():
+    assert all(isinstance(make(name).init(PARAMS), OptimizerState) for name in OPTIMIZERS)
