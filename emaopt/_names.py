@@ -50,15 +50,10 @@ def names(tree: Tree) -> Tree:
         taken[name] += 1
         return name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
 
-    nodes, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)
-    if not any(_is_state(node) for _, node in nodes):
-        return _plain(tree)
-    plain = iter(
-        leaf_names(jax.tree.unflatten(treedef, [None if _is_state(n) else n for _, n in nodes]))
-    )
+    nodes, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None or _is_state(x))
+    others = _plain(treedef.unflatten([None if _is_state(node) else node for node in nodes]))
     named = []
-    for _, node in nodes:
-        path = next(plain)
+    for node, path in zip(nodes, jax.tree.leaves(others, is_leaf=is_none), strict=True):
         if isinstance(node, (EmaState, SwappedEmaState)):
             shadow = jax.tree.map(lambda n: unique(average_name(n)), _plain(node.shadow))
             marker = node._fields[2:]
@@ -66,7 +61,7 @@ def names(tree: Tree) -> Tree:
         elif isinstance(node, OptimizerState):
             named.append(_optimizer_names(node, unique))
         else:
-            named.append(None if node is None else path)
+            named.append(path)
     return treedef.unflatten(named)
 
 
@@ -97,7 +92,7 @@ def _plain(tree: Tree) -> Tree:
 
 
 def _is_state(node: Any) -> bool:
-    return node is None or isinstance(node, (EmaState, SwappedEmaState, OptimizerState))
+    return isinstance(node, (EmaState, SwappedEmaState, OptimizerState))
 
 
 def average_name(name: str) -> str:

@@ -279,10 +279,7 @@ def _optimizer(
         check_floating("params", params)
         return OptimizerState(
             step=beside(params, jnp.zeros((), jnp.int32)),
-            powers={
-                name: beside(params, jnp.array(start, jnp.float32))
-                for name, start in powers.items()
-            },
+            powers={k: beside(params, jnp.array(v, jnp.float32)) for k, v in powers.items()},
             slots={
                 name: tree_map(lambda p, start=start: _slot(p, start), params=params)
                 for name, start in slots.items()
@@ -303,8 +300,7 @@ def _optimizer(
             )
         check_floating("updates", updates)
         now = {k: v(state.step) if callable(v) else v for k, v in hyper.items()} | state.powers
-        trees = {f"state.slots[{name!r}]": state.slots[name] for name in slots}
-        given = {"updates": updates, **trees}
+        given = {"updates": updates} | {f"state.slots[{k!r}]": state.slots[k] for k in slots}
         if params is not None:
             given["params"] = params
         rows, treedef = zip_leaves(**given)
