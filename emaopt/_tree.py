@@ -57,7 +57,7 @@ def _mismatch(first: str, tree: Tree, name: str, other: Tree, error: Exception) 
     ]
     return (
         f"{name} does not have the tree structure of {first}: "
-        + ("; ".join(only) or str(error))
+        + ("; ".join(only) or str(error).rstrip("."))
         + f". Pass {first} and {name} made from the same parameters."
     )
 

@@ -1,0 +1,320 @@
+"""Names: of parameters in any container, of TF1's variables in any state, of what to restore."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+import emaopt
+from emaopt import (
+    average_name,
+    ema,
+    global_step,
+    matching,
+    moving_average,
+    names,
+    slot,
+    slot_names,
+    variables_to_restore,
+)
+
+
+class Pair(NamedTuple):
+    first: float
+    value: float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    weight: float
+    blocks: list
+
+
+@jax.tree_util.register_pytree_node_class
+class Opaque:
+    """A node that does not say what its children are called."""
+
+    def __init__(self, *children):
+        self.children = children
+
+    def tree_flatten(self):
+        return self.children, None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class Network(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Linear(2, 3, rngs=rngs)
+        self.value = nnx.Param(jnp.zeros(2))
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+
+NETWORK = ["conv/bias", "conv/kernel", "value"]
+
+
+def flat(tree):
+    """The names in flattening order; the tree of names must have the structure of the tree."""
+    named = names(tree)
+    assert jax.tree.structure(named) == jax.tree.structure(tree)
+    return jax.tree.leaves(named)
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"conv": {"kernel": 1.0, "bias": 2.0}}, ["conv/bias", "conv/kernel"]),
+        (FrozenDict({"params": {"w": 1.0}}), ["params/w"]),
+        ([1.0, {"w": 2.0}, (3.0,)], ["0", "1/w", "2/0"]),
+        (Pair(1.0, Pair(2.0, 3.0)), ["first", "value/first", "value/value"]),
+        (Layer(1.0, [2.0, {"x": 3.0}]), ["weight", "blocks/0", "blocks/1/x"]),
+        ({"a": Opaque(1.0, [2.0])}, ["a/0", "a/1/0"]),
+        ({"value": 1.0, "a": {"value": 2.0}}, ["a/value", "value"]),
+        ({1: 1.0, 2: 2.0}, ["1", "2"]),
+        (nnx.state(Network(), nnx.Param), NETWORK),
+        (nnx.to_pure_dict(nnx.state(Network(), nnx.Param)), NETWORK),
+        (nnx.state(Network()), [*NETWORK[:2], "drop/rngs/count", "drop/rngs/key", "value"]),
+        ({"a": 1.0, "b": None, "c": optax.MaskedNode()}, ["a"]),
+        (1.0, [""]),
+        (None, []),
+        ({}, []),
+    ],
+)
+def test_a_leaf_is_named_by_its_path(tree, expected):
+    assert flat(tree) == expected
+
+
+def test_an_absent_leaf_has_no_name():
+    assert names({"a": None, "b": 1.0}) == {"a": None, "b": "b"}
+
+
+def test_an_equinox_module_is_named_by_its_fields():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.filter(eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0)), eqx.is_array)
+    layers = ["layers/0/weight", "layers/0/bias", "layers/1/weight", "layers/1/bias"]
+    assert flat(model) == layers
+    assert flat(ema(0.5).init(model).shadow) == layers
+
+
+@pytest.mark.parametrize("rest", [{}, {"absent": None}, {"state": ema(0.5).init(jnp.zeros(2))}])
+def test_colliding_names_are_an_error_that_shows_both_leaves(rest):
+    tree = {"a": {"b": jnp.zeros((2, 3))}, "a/b": np.int32(4), **rest}
+    with pytest.raises(ValueError, match=r"'a/b': float32\[2,3\] and int32\[\]\. Rename"):
+        names(tree)
+    with pytest.raises(ValueError, match="two leaves are named 'a/b'"):
+        matching("a")(tree)
+
+
+PARAMS = {"b": jnp.zeros(1), "w": jnp.zeros(2)}
+SLOTS = {
+    "gradient_descent": (emaopt.gradient_descent(0.1), {}),
+    "momentum": (emaopt.momentum(0.1, 0.9), {"momentum": "Momentum"}),
+    "adagrad": (emaopt.adagrad(0.1), {"accumulator": "Adagrad"}),
+    "adadelta": (emaopt.adadelta(), {"accum": "Adadelta", "accum_update": "Adadelta_1"}),
+    "adam": (emaopt.adam(), {"m": "Adam", "v": "Adam_1"}),
+    "ftrl": (emaopt.ftrl(0.1), {"accum": "Ftrl", "linear": "Ftrl_1"}),
+    "rmsprop": (emaopt.rmsprop(0.1), {"rms": "RMSProp", "momentum": "RMSProp_1"}),
+    "rmsprop_centered": (
+        emaopt.rmsprop(0.1, centered=True),
+        {"rms": "RMSProp", "mg": "RMSProp_1", "momentum": "RMSProp_2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_slots_have_tf1s_variable_names(name):
+    tx, slots = SLOTS[name]
+    # jit sorts the slots; their names must not follow
+    for state in (tx.init(PARAMS), jax.jit(tx.init)(PARAMS)):
+        named = names(state)
+        assert named.step == "global_step"
+        assert named.slots == {s: {k: f"{k}/{v}" for k in PARAMS} for s, v in slots.items()}
+        powers = ("beta1_power", "beta2_power") if name == "adam" else ()
+        assert named.powers == {power: power for power in powers}
+        assert slot_names(state) == sorted(slots)
+
+
+def test_an_average_has_tf1s_variable_name():
+    state = ema(0.9).init(PARAMS | {"absent": None})
+    average = {k: f"{k}/ExponentialMovingAverage" for k in PARAMS}
+    assert names(state) == emaopt.EmaState("global_step", average | {"absent": None})
+    swapped = emaopt.swap(PARAMS, ema(0.9).init(PARAMS))[1]
+    assert names(swapped).shadow == average
+
+
+ADAM = ["global_step", "beta1_power", "beta2_power", "b/Adam", "w/Adam", "b/Adam_1", "w/Adam_1"]
+EMA = ["global_step", "b/ExponentialMovingAverage", "w/ExponentialMovingAverage"]
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (optax.chain(emaopt.clip_by_norm(1.0), emaopt.adam(), ema(0.9)), [*ADAM, *EMA]),
+        (optax.named_chain(("rule", emaopt.adam()), ("slow", ema(0.9))), [*ADAM, *EMA]),
+        (
+            optax.MultiSteps(optax.chain(emaopt.adam(), ema(0.9)), 2),
+            ["mini_step", "gradient_step", *ADAM, *EMA, "acc_grads/b", "acc_grads/w"],
+        ),
+        (
+            optax.masked(emaopt.adam(), {"b": False, "w": True}),
+            ["global_step", "beta1_power", "beta2_power", "w/Adam", "w/Adam_1"],
+        ),
+        (
+            optax.partition(
+                {"x": emaopt.adagrad(0.1), "y": emaopt.momentum(0.1, 0.9)}, {"b": "x", "w": "y"}
+            ),
+            ["global_step", "b/Adagrad", "global_step", "w/Momentum"],
+        ),
+        (
+            optax.apply_if_finite(emaopt.adam(), 1),
+            ["notfinite_count", "last_finite", "total_notfinite", *ADAM],
+        ),
+        (
+            optax.inject_hyperparams(emaopt.adagrad)(0.1),
+            [
+                "count",
+                "hyperparams/initial_accumulator_value",
+                "hyperparams/learning_rate",
+                "global_step",
+                "b/Adagrad",
+                "w/Adagrad",
+            ],
+        ),
+        (
+            optax.chain(optax.trace(0.9), ema(0.9)),
+            ["0/trace/b", "0/trace/w", *EMA],
+        ),
+        # TensorFlow 1.15's own names of two of each
+        (
+            optax.chain(emaopt.adam(), emaopt.adam()),
+            [
+                *ADAM,
+                "global_step",
+                "beta1_power_1",
+                "beta2_power_1",
+                "b/Adam_2",
+                "w/Adam_2",
+                "b/Adam_3",
+                "w/Adam_3",
+            ],
+        ),
+        (
+            optax.named_chain(("fast", ema(0.9)), ("slow", ema(0.99))),
+            [
+                *EMA,
+                "global_step",
+                "b/ExponentialMovingAverage_1",
+                "w/ExponentialMovingAverage_1",
+            ],
+        ),
+    ],
+    ids=lambda x: None if isinstance(x, list) else "",
+)
+def test_states_inside_of_optaxs_have_tf1s_variable_names(tx, expected):
+    assert flat(tx.init(PARAMS)) == expected
+
+
+def test_an_nnx_optimizer_has_tf1s_variable_names():
+    tx = optax.chain(emaopt.momentum(0.1, 0.9), ema(0.9))
+    state = nnx.Optimizer(Network(), tx, wrt=nnx.Param).opt_state
+    assert jax.tree.leaves(names(state)) == [
+        "global_step",
+        *(f"{name}/Momentum" for name in NETWORK),
+        "global_step",
+        *(f"{name}/ExponentialMovingAverage" for name in NETWORK),
+    ]
+    assert slot_names(state) == ["momentum"]
+    assert global_step(state) == 0
+
+
+def test_average_name_needs_no_average():
+    assert average_name("conv/kernel") == "conv/kernel/ExponentialMovingAverage"
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_slot_is_a_tree_like_the_parameters(centered):
+    tx = optax.chain(emaopt.clip_by_norm(1.0), emaopt.rmsprop(0.1, centered=centered), ema(0.9))
+    state = optax.MultiSteps(tx, 2).init(PARAMS)
+    assert slot_names(state) == (["mg"] if centered else []) + ["momentum", "rms"]
+    got = slot(state, "rms")
+    jax.tree.map(np.testing.assert_array_equal, got, {"b": np.ones(1), "w": np.ones(2)})
+
+
+def test_slots_of_two_optimizers_are_listed_once():
+    state = optax.chain(emaopt.rmsprop(0.1), emaopt.momentum(0.1, 0.9)).init(PARAMS)
+    assert slot_names(state) == ["momentum", "rms"]
+    assert slot_names(emaopt.gradient_descent(0.1).init(PARAMS)) == []
+
+
+def test_global_step_is_the_optimizers_else_the_averages():
+    tx = optax.chain(ema(0.9), emaopt.gradient_descent(0.1))
+    average, optimizer = tx.init(PARAMS)
+    optimizer = optimizer._replace(step=jnp.int32(7))
+    assert global_step((average, optimizer)) == 7
+    assert global_step({"any": average._replace(step=jnp.int32(3))}) == 3
+    assert global_step(average).dtype == jnp.int32
+
+
+TOY = {"v1": jnp.float32(1), "v2": jnp.float32(2), "step": jnp.int32(0)}
+V1, V2, V3, STEP = (f"{name}/ExponentialMovingAverage" for name in ("v1", "v2", "v3", "step"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (None, {"step": "step", V1: "v1", V2: "v2", V3: V3}),
+        (["step"], {STEP: "step", "v1": "v1", V1: V1, "v2": "v2", V3: V3}),
+        (["v2"], {"step": "step", "v1": "v1", V1: V1, V2: "v2", V3: V3}),
+        (iter(["v1"]), {"step": "step", V1: "v1", "v2": "v2", V3: V3}),
+    ],
+)
+def test_variables_to_restore_are_tf1s(chosen, expected):
+    state = moving_average(0.9).init({"v1": TOY["v1"], "v3": jnp.float32(3)})
+    assert variables_to_restore(TOY, state, chosen) == expected
+
+
+def test_variables_to_restore_hold_the_slots_and_the_global_step_of_an_optimizer():
+    state = optax.chain(emaopt.momentum(0.1, 0.9), ema(0.9)).init({"v1": TOY["v1"]})
+    assert variables_to_restore(TOY, state) == {
+        V1: "v1",
+        V2: "v2",
+        "step": "step",
+        "global_step": "global_step",
+        "v1/Momentum": "v1/Momentum",
+    }
+    assert variables_to_restore(TOY | {"global_step": 7})["global_step"] == "global_step"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "chosen"),
+    [
+        ("kernel$", {"conv/kernel"}),
+        ("^conv/", {"conv/kernel", "conv/bias"}),
+        ("r", {"conv/kernel", "norm/scale"}),
+        ("^r", set()),
+        ("", {"conv/kernel", "conv/bias", "norm/scale"}),
+    ],
+)
+def test_matching_is_a_mask_of_the_names_in_which_the_pattern_is_found(pattern, chosen):
+    tree = {"conv": {"kernel": 1.0, "bias": 2.0}, "norm": {"scale": 3.0}, "absent": None}
+    mask = matching(pattern)(tree)
+    assert mask["absent"] is None
+    assert dict(zip(flat(tree), jax.tree.leaves(mask), strict=True)) == {
+        name: name in chosen for name in ("conv/bias", "conv/kernel", "norm/scale")
+    }
+
+
+def test_matching_is_a_mask_for_optax():
+    tx = optax.masked(ema(0.5), matching("^w$"))
+    state = tx.init(PARAMS)
+    assert jax.tree.leaves(names(state)) == ["global_step", "w/ExponentialMovingAverage"]
