@@ -20,7 +20,7 @@ DIGESTS = "digests"
 def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
     """uint32 [n + 1]: the digest of each of n leaves, and of these n numbers themselves.
 
-    Leaves on other devices than the rest are computed there, and then the result is on the host.
+    On the devices of the leaves; on the host if there are none, or not the same for all.
     """
     groups: dict[Any, dict[int, Any]] = {}
     for i, leaf in enumerate(leaves):
@@ -30,8 +30,9 @@ def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
         host = groups.pop(frozenset(), {})  # goes with any devices
         next(iter(groups.values())).update(host)
     if len(groups) == 1:
-        (group,) = groups.values()
-        return _with_own_digest(_of_leaves([group[i] for i in sorted(group)]))
+        ((devices, group),) = groups.items()
+        found = _with_own_digest(_of_leaves([group[i] for i in sorted(group)]))
+        return found if devices else np.asarray(found)  # several processes save no local array
     each = np.zeros(len(leaves), np.uint32)
     for group in groups.values():
         each[list(group)] = _of_leaves(list(group.values()))

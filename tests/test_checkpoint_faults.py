@@ -1,0 +1,295 @@
+"""Damaged files, killed processes, several processes: nothing wrong is ever loaded."""
+
+import gc
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trainer
+from orbax.checkpoint import v1 as ocp
+
+import emaopt
+from emaopt import checkpoint
+from emaopt.checkpoint._digest import digests
+
+
+TRAINER = [sys.executable, trainer.__file__]
+
+
+def single_device():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def assert_bitwise(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+# ---- digests ------------------------------------------------------------------------------------
+
+
+LEAVES = {
+    "float32": jnp.linspace(-1, 1, 24).reshape(4, 6),
+    "bfloat16": jnp.linspace(-1, 1, 24, dtype=jnp.bfloat16),
+    "float8": jnp.arange(24.0).astype(jnp.float8_e4m3fn),
+    "complex64": jnp.arange(4.0).astype(jnp.complex64),
+    "int8": jnp.arange(-4, 4, dtype=jnp.int8),
+    "bool": jnp.asarray([True, False, True]),
+    "key": jax.random.key(3),
+    "float64": np.linspace(-1, 1, 5),
+    "int": 7,
+    "float": 0.1,
+    "str": "words",
+}
+
+
+@pytest.mark.parametrize("name", [n for n, leaf in LEAVES.items() if isinstance(leaf, jax.Array)])
+def test_every_flipped_bit_changes_the_digest(name):
+    leaf = LEAVES[name]
+    raw = jax.random.key_data(leaf) if name == "key" else leaf
+    host = np.asarray(raw)
+    want = np.asarray(digests([leaf]))[0]
+    bits = 1 if name == "bool" else 8
+    for byte in range(host.nbytes):
+        for bit in range(bits):
+            flipped = host.copy()
+            flipped.reshape(-1).view(np.uint8)[byte] ^= 1 << bit
+            assert np.asarray(digests([jnp.asarray(flipped)]))[0] != want
+
+
+def test_the_digest_is_that_of_the_value_wherever_it_is():
+    on_host = [np.asarray(LEAVES[n]) for n in ("float32", "bfloat16", "int8")]
+    on_device = [LEAVES[n] for n in ("float32", "bfloat16", "int8")]
+    assert np.array_equal(digests(on_host), digests(on_device))
+    mesh = jax.make_mesh((4,), ("x",))
+    for spec in ("x", None):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(spec))
+        sharded = jax.device_put(LEAVES["float32"], sharding)
+        assert np.array_equal(digests([sharded]), digests([LEAVES["float32"]]))
+        mixed = [sharded, jnp.ones(3), 7]  # on four devices, on one, on none
+        assert np.array_equal(digests(mixed), digests([LEAVES["float32"], jnp.ones(3), 7]))
+
+
+def test_the_digest_sees_a_swap_of_two_elements():
+    a, b = digests([jnp.asarray([1.0, 2.0])]), digests([jnp.asarray([2.0, 1.0])])
+    assert a[0] != b[0]
+
+
+def test_all_kinds_of_leaves_are_saved_verified_and_resumed(tmp_path):
+    tx = optax.chain(optax.sgd(0.1), emaopt.ema(0.9))
+    params = {"w": jnp.ones(3)}
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 1, params, tx.init(params), **LEAVES)
+        *_, rest = checkpoint.resume(checkpointer, params, tx.init(params), **LEAVES)
+    for name, leaf in LEAVES.items():
+        assert np.array_equal(digests([rest[name]]), digests([leaf])), name
+
+
+# ---- damage -------------------------------------------------------------------------------------
+
+
+TX = optax.chain(emaopt.adam(0.1), emaopt.ema(0.9))
+PARAMS = {
+    "dense": {
+        "kernel": jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.float32),
+        "bias": jnp.arange(32.0),
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    params, opt_state = emaopt.apply_gradients(TX, PARAMS, PARAMS, TX.init(PARAMS))
+    path = tmp_path_factory.mktemp("damaged")
+    with ocp.training.Checkpointer(path) as checkpointer:
+        checkpoint.save(checkpointer, 1, params, opt_state, stats=jnp.ones((5, 5)))
+    return path, (params, opt_state, {"stats": jnp.ones((5, 5))})
+
+
+def load(path):
+    with ocp.training.Checkpointer(path) as checkpointer:
+        return checkpoint.resume(checkpointer, PARAMS, TX.init(PARAMS), stats=jnp.ones((5, 5)))
+
+
+def flip(data, rng):
+    position = rng.randrange(len(data))
+    return data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1 :]
+
+
+DAMAGES = {
+    "flipped": flip,
+    "truncated": lambda data, rng: data[: rng.randrange(len(data))],
+    "overwritten": lambda data, rng: rng.randbytes(len(data)),
+    "missing": lambda data, rng: None,
+}
+
+
+# Orbax leaves its event loop and coroutines behind when a read fails
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_detected_or_touches_no_bit_that_is_loaded(damage, saved, capfd):
+    path, want = saved
+    rng = random.Random(damage)
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.stat().st_size)
+    messages = []
+    for i in range(60):
+        file = files[i % len(files)]
+        data = file.read_bytes()
+        damaged = DAMAGES[damage](data, rng)
+        file.write_bytes(damaged) if damaged is not None else file.unlink()
+        try:
+            assert_bitwise(load(path), want)
+        except (ValueError, FileNotFoundError) as error:
+            messages.append(str(error))
+        finally:
+            file.write_bytes(data)
+    gc.collect()
+    capfd.readouterr()
+    assert len(messages) >= 15
+    for message in messages:
+        assert str(path) in message
+        assert "damaged" in message or "no finished checkpoint" in message
+    assert_bitwise(load(path), want)
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state", "rest"])
+def test_the_damaged_leaf_is_named(item, saved, monkeypatch):
+    """A bit flipped in what Orbax read, for each leaf: what bit rot in array data comes to."""
+    path, _ = saved
+    stored = checkpoint.Stored(path / "1")
+    for leaf in stored.items[item]:
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp, "load", flipping(ocp.load, item, leaf))
+            name = "/".join((item, *leaf))
+            with pytest.raises(ValueError, match=rf"checkpoint .*/1: {name} is damaged: its bits"):
+                load(path)
+
+
+def flipping(read, item, leaf):
+    def load(path, template, *, checkpointable_name):
+        tree = read(path, template, checkpointable_name=checkpointable_name)
+        if checkpointable_name != item:
+            return tree
+        node = tree
+        for key in leaf[:-1]:
+            node = node[int(key)] if isinstance(node, list) else node[key]
+        value = np.asarray(node[leaf[-1]]).copy()
+        value.reshape(-1).view(np.uint8)[0] ^= 1
+        node[leaf[-1]] = value
+        return tree
+
+    return load
+
+
+def test_without_digests_a_checkpoint_loads_unverified(tmp_path):
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 1, PARAMS, TX.init(PARAMS), digest=False)
+        assert not (tmp_path / "1" / "digests").exists()
+        params, *_ = checkpoint.resume(checkpointer, PARAMS, TX.init(PARAMS))
+    assert_bitwise(params, PARAMS)
+
+
+# ---- kill -9 ------------------------------------------------------------------------------------
+
+
+def environment(devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def check_newest(path):
+    """The newest step that is listed is complete and right."""
+    like = trainer.init(single_device())
+    with ocp.training.Checkpointer(path) as checkpointer:
+        if checkpointer.latest is None:
+            return 0
+        *state, rest = checkpoint.resume(checkpointer, *like, step_=0)
+    assert_bitwise(tuple(state), trainer.state_after(rest["step_"], single_device()))
+    return rest["step_"]
+
+
+def test_killed_at_random_moments_the_newest_step_is_right_and_the_next_run_resumes(tmp_path):
+    rng = random.Random(0)
+    newest = 0
+    for _ in range(int(os.environ.get("EMAOPT_KILLS", "4"))):
+        lines = rng.randrange(2, 6)
+        with subprocess.Popen(
+            [*TRAINER, tmp_path / "run", "--steps", "10000"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment(1),
+        ) as process:
+            for _ in range(lines):
+                process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.15))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        step = check_newest(tmp_path / "run")
+        # a resumed run says so first; the step that was announced last may not be finished
+        assert step >= newest + lines - (2 if newest else 1)
+        newest = step
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+
+def together(run, steps, devices=2, processes=2):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = ["--processes", str(processes), "--port", port]
+    return [
+        subprocess.Popen(
+            [*TRAINER, run, "--steps", str(steps), *group, "--process", str(i)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(devices),
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(processes):
+    outputs = [p.communicate(timeout=180) for p in processes]
+    assert [p.returncode for p in processes] == [0] * len(processes), outputs[0][1][-2000:]
+    return [out for out, _ in outputs]
+
+
+def test_two_processes_save_together_and_one_or_two_resume(tmp_path):
+    run = tmp_path / "run"
+    finish(together(run, 2))
+    assert check_newest(run) == 2
+    (out,) = finish(together(run, 3, devices=1, processes=1))
+    assert "resumed 2\n" in out
+    for out in finish(together(run, 4)):
+        assert "resumed 3\n" in out
+    assert check_newest(run) == 4
+
+
+def test_one_of_two_processes_killed_leaves_the_newest_step_right(tmp_path):
+    survivor, killed = together(tmp_path / "run", 10000)
+    assert any(line == "step 4\n" for line in killed.stdout)
+    killed.kill()
+    try:
+        survivor.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        survivor.kill()
+        survivor.communicate()
+    killed.communicate()
+    step = check_newest(tmp_path / "run")
+    assert step >= 3
+    for out in finish(together(tmp_path / "run", step + 1)):
+        assert f"resumed {step}\n" in out
+    assert check_newest(tmp_path / "run") == step + 1
