@@ -113,8 +113,9 @@ def _lerp(name: str, x, s, rate):
     if x is None:
         return s
     check_shape(name, values=x, **{"state.shadow": s})
+    x = jnp.asarray(x)
     if not is_inexact(s):
-        return x if x.dtype == s.dtype else jnp.asarray(x).astype(s.dtype)
+        return x if x.dtype == s.dtype else x.astype(s.dtype)
     dtype = wide(s.dtype)
     old, x = s.astype(dtype), _widen(x, dtype)
     new = old - (old - x) * jnp.asarray(rate).astype(dtype)
@@ -130,7 +131,6 @@ def _widen(x, dtype):
     XLA leaves that rounding out where a bfloat16 sum goes on in float32, and the average would be
     of parameters that never were.
     """
-    x = jnp.asarray(x)
     if x.dtype == jnp.bfloat16:
         x = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)

@@ -183,8 +183,8 @@ def variables_to_restore(
     leaves = jax.tree.leaves(params)
     own = jax.tree.leaves(_plain(params))
     stored = jax.tree.leaves(names(opt_state))
-    if not _states(opt_state, OptimizerState):  # an average of TF1 does not count steps
-        stored = [name for name in stored if name != _STEP]
+    if not _states(opt_state, OptimizerState) and any(not is_inexact(leaf) for leaf in leaves):
+        stored = [name for name in stored if name != _STEP]  # the average counts that leaf's steps
     everything = own + stored
     if moving_average_variables is None:
         averaged = [name for name, leaf in zip(own, leaves, strict=True) if is_inexact(leaf)]

@@ -318,3 +318,17 @@ def test_matching_is_a_mask_for_optax():
     tx = optax.masked(ema(0.5), matching("^w$"))
     state = tx.init(PARAMS)
     assert jax.tree.leaves(names(state)) == ["global_step", "w/ExponentialMovingAverage"]
+
+
+def test_variables_to_restore_hold_the_step_of_an_average_unless_params_has_one():
+    params = {"v1": 1.0, "v2": 2.0}
+    state = moving_average(0.9).init({"v1": 1.0, "v3": 3.0})
+    assert variables_to_restore(params, state) == {
+        V1: "v1",
+        V2: "v2",
+        V3: V3,
+        "global_step": "global_step",
+    }
+    assert "global_step" not in variables_to_restore(params | {"step": 7}, state)
+    averaged = variables_to_restore(params, state, ["global_step"])
+    assert averaged["global_step/ExponentialMovingAverage"] == "global_step"
