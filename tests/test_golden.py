@@ -1,8 +1,11 @@
 """The numbers of TensorFlow 1.15.5, made by `golden/make.py`.
 
 Under `jit`, within 1e-5 of each value plus 1e-5 of the largest of its tensor; float64 within 1e-12
-of the largest. Op by op, what needs no square root is the same bit for bit.
+of the largest. Op by op, the same bit for bit, but for what comes out of a float32 square root
+(TensorFlow estimates it) or a reciprocal one.
 """
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +17,16 @@ import emaopt
 
 
 TRAINING = replay.cases("training")
-WITHOUT_ROOT = [
+# "case/variable": all that no root goes into, and where TensorFlow's root is the IEEE one
+BITWISE = re.compile(
+    r"(gradient_descent|momentum)/|\w+/\w+/(power|slot/(accumulator|accum|m|v|rms|mg))/"
+    r"|(adam|rmsprop)/\w*float64/"
+)
+OP_BY_OP = [
     case
     for case in TRAINING
-    if case["id"].startswith(("gradient_descent/", "momentum/")) and case["dtype"] == "float32"
+    if case["id"].startswith(("gradient_descent/", "momentum/"))
+    or (case["steps"] <= 100 and not case["clip_norm"])
 ]
 
 
@@ -72,11 +81,13 @@ def test_training_under_jit_is_tensorflows_in_every_variable(case):
                 np.testing.assert_array_equal(got[name][t], row)
 
 
-@pytest.mark.parametrize("case", WITHOUT_ROOT, ids=by_id)
-def test_rules_without_a_root_are_tensorflows_bit_for_bit_op_by_op(case):
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("case", OP_BY_OP, ids=by_id)
+def test_training_op_by_op_is_tensorflows_bit_for_bit_where_no_root_is_estimated(case):
     got = variables(case, jitted=False)
-    for _, name, want in expected(case):
-        np.testing.assert_array_equal(got[name][case["recorded"]], want)
+    for key, name, want in expected(case):
+        if BITWISE.match(f"{case['id']}/{key}"):
+            np.testing.assert_array_equal(got[name][case["recorded"]], want)
 
 
 @pytest.mark.parametrize("case", TRAINING, ids=by_id)
