@@ -85,7 +85,7 @@ def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> Moving
     def copy(x):
         x = jnp.asarray(x)
         if not is_inexact(x):
-            return jnp.copy(x)
+            return x
         return jnp.array(x, accumulator_dtype or wide(x.dtype), copy=True)
 
     def init(values):
@@ -97,6 +97,11 @@ def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> Moving
             raise ValueError(
                 "opt_state is swapped: its shadow holds the parameters. Call "
                 "params, opt_state = emaopt.swap(params, opt_state) before training on."
+            )
+        if not isinstance(state, EmaState):
+            raise ValueError(
+                f"state is a {type(state).__name__}, not an average. Pass the EmaState that its "
+                "own init made."
             )
         step = jnp.asarray(optax.safe_increment(state.step))
         rate = decay.rate(step if num_updates is None else num_updates)

@@ -91,8 +91,8 @@ def debiased(decay: DecayLike) -> Decay:
     inner = _own(decay)
     if not inner.exact:
         raise ValueError(
-            f"decay={decay!r}: debiased needs the product of all decays so far, which is not known "
-            "for a function or a ramp. Pass a number; a ramp needs no debiasing."
+            "decay is a function or a ramp, and debiased needs the product of all decays so far. "
+            "Pass a number; a ramp needs no debiasing."
         )
     if not callable(decay):
         check("decay", decay, lambda d: d < 1, "a number from 0 to below 1")
@@ -229,7 +229,8 @@ def exponential_decay(
         step, stair = jnp.asarray(step), jnp.asarray(decay_steps)
         if not staircase:
             # times the reciprocal, as TF1's graph optimizer and XLA have it: the same op by op
-            return rate * jnp.power(base, step.astype(dtype) * (1 / scalar(decay_steps, dtype)))
+            inverse = scalar(1, dtype) / scalar(decay_steps, dtype)
+            return rate * jnp.power(base, step.astype(dtype) * inverse)
         if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (step, stair)):
             # the remainder of floats is exact, so their floor is too
             step, stair = step.astype(dtype), stair.astype(dtype)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._tree import Tree, apply_update, is_inexact, is_none, tree_map, zip_leaves
+from ._tree import Tree, apply_update, describe, is_inexact, is_none, tree_map, zip_leaves
 
 
 def compute_gradients(
@@ -37,7 +37,7 @@ def compute_gradients(
     for _, chosen in rows:
         if chosen is not None and not isinstance(chosen, (bool, jnp.bool_)):
             raise ValueError(
-                f"var_list holds {chosen!r}; it is a mask. Pass a tree of booleans like params, or "
+                f"var_list holds {describe(chosen)}; it is a mask. Pass a tree of booleans like params, or "
                 "emaopt.matching(pattern)."
             )
     chosen = [p is not None and bool(m) and is_inexact(p) for p, m in rows]
@@ -52,7 +52,9 @@ def compute_gradients(
         merged = [next(leaves) if c else p for c, (p, _) in zip(chosen, rows, strict=True)]
         value = loss(treedef.unflatten(merged), *args)
         if has_aux and not (isinstance(value, tuple) and len(value) == 2):
-            raise ValueError(f"has_aux=True, but loss returns {value}. Return (value, aux).")
+            raise ValueError(
+                f"has_aux=True, but loss returns {describe(value)}. Return (value, aux)."
+            )
         return value
 
     inputs = [jnp.asarray(p) for c, (p, _) in zip(chosen, rows, strict=True) if c]
@@ -68,7 +70,7 @@ def compute_gradients(
 def _cotangent(value, grad_loss):
     if not (isinstance(value, jax.Array) and is_inexact(value)):
         raise ValueError(
-            f"loss returns {value}, which has no gradient. Return a floating-point array, or pass "
+            f"loss returns {describe(value)}, which has no gradient. Return a floating-point array, or pass "
             "has_aux=True for (value, aux)."
         )
     if grad_loss is None:
