@@ -85,7 +85,7 @@ def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> Moving
     def copy(x):
         x = jnp.asarray(x)
         if not is_inexact(x):
-            return x
+            return jnp.copy(x)
         return jnp.array(x, accumulator_dtype or wide(x.dtype), copy=True)
 
     def init(values):

@@ -154,6 +154,14 @@ def test_G3_parameters_and_state_can_be_donated_together():
     assert params["w"].is_deleted()
 
 
+def test_G3_init_copies_every_leaf():
+    values = params_of() | {"int": jnp.int32(3), "key": jax.random.key(0)}
+    state = emaopt.moving_average(0.9).init(values)
+    # donating a buffer twice is an error
+    jax.jit(lambda *both: both, donate_argnums=(0, 1))(values, state)
+    assert all(x.is_deleted() for x in jax.tree.leaves((values, state.shadow)))
+
+
 # G4: float32 for halves; integers, booleans and keys are carried; absent leaves pass
 
 
