@@ -37,8 +37,8 @@ def compute_gradients(
     for _, chosen in rows:
         if chosen is not None and not isinstance(chosen, (bool, jnp.bool_)):
             raise ValueError(
-                f"var_list holds {describe(chosen)}; it is a mask. Pass a tree of booleans like params, or "
-                "emaopt.matching(pattern)."
+                f"var_list holds {describe(chosen)}; it is a mask. Pass a tree of booleans like "
+                "params, or emaopt.matching(pattern)."
             )
     chosen = [p is not None and bool(m) and is_inexact(p) for p, m in rows]
     if not any(chosen):
@@ -70,8 +70,8 @@ def compute_gradients(
 def _cotangent(value, grad_loss):
     if not (isinstance(value, jax.Array) and is_inexact(value)):
         raise ValueError(
-            f"loss returns {describe(value)}, which has no gradient. Return a floating-point array, or pass "
-            "has_aux=True for (value, aux)."
+            f"loss returns {describe(value)}, which has no gradient. Return a floating-point "
+            "array, or pass has_aux=True for (value, aux)."
         )
     if grad_loss is None:
         return jnp.ones_like(value)
