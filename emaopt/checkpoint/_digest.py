@@ -1,6 +1,6 @@
 """One number per leaf that any flipped bit changes.
 
-`digest = sum over the 32-bit words of mix(word ^ mix(position))`, modulo 2**32, with MurmurHash3's
+`digest = sum of mix(word + position * 0x9E3779B9)` over the 32-bit words, modulo 2**32, with MurmurHash3's
 finalizer for `mix`. The sum does not depend on order, so not on sharding either: each device reads
 its own shard once and one scalar per leaf is added up. `mix` is a bijection, so a change of one
 word always changes the sum; any other change goes unseen with a probability of 2**-32.
@@ -76,7 +76,7 @@ def _digest(x) -> jax.Array:
     for axis, size in enumerate(words.shape):
         step = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         position = position * np.uint32(size % 2**32) + step
-    return jnp.sum(_mix(words ^ _mix(position)), dtype=jnp.uint32)
+    return jnp.sum(_mix(words + position * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
 
 
 def _words(x) -> jax.Array:
