@@ -28,6 +28,10 @@ class Decay:
 
     `rate(t)` is what one update takes from the new value. `over(t, n)` is what n updates in a row
     take, the last of them at t: 1 - decay(t) * ... * decay(t-n+1).
+
+    >>> mean = Decay(lambda t: 1 / t, lambda t, n: n / t)
+    >>> mean(4)
+    0.75
     """
 
     rate: Callable[[Any], Any]
