@@ -67,7 +67,8 @@ def test_a_room_imports_only_what_it_may(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_is_short_enough_to_read(file):
-    assert len(FILES[file].read_text().splitlines()) <= 350
+    lines = FILES[file].read_text().count("\n")
+    assert lines <= 350
 
 
 def test_importing_the_package_loads_no_room():
