@@ -328,10 +328,23 @@ def test_a_decay_may_depend_on_a_traced_value():
     assert rate(0.75, 2) == 0.25
 
 
-@pytest.mark.parametrize("make", [half_life, power, lambda x: debiased(1 / (1 + x))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        half_life,
+        power,
+        lambda x: warmup(x / 10),
+        lambda x: debiased(x / 10),
+        lambda x: inverse_gamma(x, x, x / 10, x / 4),
+        lambda x: every(2, x / 10),
+        lambda x: every(x, power(1)),
+        lambda x: after(x, power(1)),
+    ],
+)
 def test_the_arguments_of_a_decay_may_be_traced(make):
-    traced = jax.jit(lambda x, t: make(x).rate(t))
-    np.testing.assert_allclose(traced(3.0, 5), make(3.0).rate(5), rtol=1e-6)
+    times = np.arange(1, 8, dtype=np.int32)
+    traced = jax.jit(lambda x: jax.vmap(make(x).rate)(times))
+    np.testing.assert_allclose(traced(3), jax.vmap(make(3).rate)(times), rtol=1e-6)
 
 
 LAWFUL = {
