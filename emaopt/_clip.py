@@ -184,11 +184,10 @@ def _check_norm(clip_norm) -> None:
 def _check_axes(axes, updates: Tree) -> None:
     if axes is None:
         return
-    for name, x in zip(leaf_names(updates), zip_leaves(updates=updates)[0], strict=True):
-        rank = 0 if x[0] is None else np.ndim(x[0])
-        if x[0] is not None and not all(-rank <= axis < rank for axis in axes):
+    for name, (x,) in zip(leaf_names(updates), zip_leaves(updates=updates)[0], strict=True):
+        if x is not None and not all(-np.ndim(x) <= axis < np.ndim(x) for axis in axes):
             raise ValueError(
-                f"axes={axes} is out of range at leaf {name!r}, which has {rank} axes. "
+                f"axes={axes} is out of range at leaf {name!r}, which has {np.ndim(x)} axes. "
                 "Clip such leaves apart: optax.masked(clip_by_norm(...), mask)."
             )
 
