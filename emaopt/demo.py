@@ -107,6 +107,7 @@ def train(checkpoints: Path, seed: int, epochs: int) -> tuple[Any, np.ndarray]:
     import optax
 
     import emaopt
+    from emaopt import checkpoint
 
     training, test = digits()
     steps = len(training[0]) // BATCH_SIZE
@@ -128,7 +129,10 @@ def train(checkpoints: Path, seed: int, epochs: int) -> tuple[Any, np.ndarray]:
 
     with ocp.training.Checkpointer(str(checkpoints)) as checkpointer:
         if checkpointer.latest is not None:
-            params, opt_state, rest = load(checkpointer, params, opt_state)
+            done = np.zeros((checkpointer.latest.step, 3))
+            params, opt_state, rest = checkpoint.resume(
+                checkpointer, params, opt_state, seed=seed, history=done
+            )
             history = rest["history"]
             _check_same_run(seed, epochs, rest["seed"], len(history))
             print(f"resumed after epoch {len(history)}")
@@ -144,29 +148,10 @@ def train(checkpoints: Path, seed: int, epochs: int) -> tuple[Any, np.ndarray]:
                 raw = accuracy(params, *test)
                 averaged = accuracy(emaopt.average(params, opt_state), *test)
                 history = np.append(history, [[np.mean(losses), raw, averaged]], axis=0)
-                save(checkpointer, epoch, params, opt_state, seed=seed, history=history)
+                checkpoint.save(checkpointer, epoch, params, opt_state, seed=seed, history=history)
                 bar.write(f"{epoch:5}  {history[-1, 0]:.4f}  {raw:13.2%}  {averaged:8.2%}")
                 sys.stdout.flush()
     return emaopt.average(params, opt_state), history
-
-
-def save(checkpointer: ocp.training.Checkpointer, epoch: int, params, opt_state, **rest) -> None:
-    """Save a checkpoint in which the averages stand under the original names."""
-    import emaopt
-
-    averages, swapped = emaopt.swap(params, opt_state)
-    items = {"params": averages, "opt_state": swapped, "rest": rest}
-    checkpointer.save_checkpointables(epoch, items)
-
-
-def load(checkpointer: ocp.training.Checkpointer, params, opt_state) -> tuple[Any, Any, dict]:
-    """`(params, opt_state, rest)` of the newest checkpoint, into trees like those given."""
-    import emaopt
-
-    averages, swapped = emaopt.swap(params, opt_state)
-    template = {"params": averages, "opt_state": swapped, "rest": None}
-    items = checkpointer.load_checkpointables(checkpointer.latest, template)
-    return *emaopt.swap(items["params"], items["opt_state"]), items["rest"]
 
 
 def evaluate(checkpoint: Path) -> float:
