@@ -88,6 +88,7 @@ def test_a_checkpoint_has_the_averages_under_the_original_names(finished):
 def test_a_process_without_optimizers_reads_the_averages_to_the_same_accuracy(finished):
     out, done = finished
     read = call("-P", "-c", READER, demo.__file__, out / f"checkpoints/{EPOCHS}")
+    assert float(read.stdout) == demo.evaluate(out / f"checkpoints/{EPOCHS}")
     shown = f"{float(read.stdout):.2%}"
     assert table(done.stdout)[-1][3] == shown
     assert re.findall(r"process  +(\S+)$|optimizer  +(\S+)$", done.stdout, re.MULTILINE) == [
