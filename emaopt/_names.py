@@ -6,7 +6,7 @@ A state of emaopt is exactly TF1's variables, so its *name tree* has one TF1 nam
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -27,8 +27,12 @@ _OPTIMIZERS = {
     ("rms", "momentum"): "RMSProp",
     ("rms", "mg", "momentum"): "RMSProp",
 }
-_AVERAGE = "ExponentialMovingAverage"
-_STEP = "global_step"
+AVERAGE = "ExponentialMovingAverage"
+STEP = "global_step"
+_OF_A_VARIABLE = re.compile(
+    rf"(.*)/({'|'.join([kind for slots, kind in _OPTIMIZERS.items() if slots])}|{AVERAGE})(_\d+)?",
+    re.DOTALL,
+)
 
 
 def names(tree: Tree) -> Tree:
@@ -57,7 +61,7 @@ def names(tree: Tree) -> Tree:
         if isinstance(node, (EmaState, SwappedEmaState)):
             shadow = jax.tree.map(lambda n: unique(average_name(n)), _plain(node.shadow))
             marker = node._fields[2:]
-            named.append(type(node)(_all(node.step, _STEP), shadow, *marker))
+            named.append(type(node)(_all(node.step, STEP), shadow, *marker))
         elif isinstance(node, OptimizerState):
             named.append(_optimizer_names(node, unique))
         else:
@@ -74,7 +78,7 @@ def _optimizer_names(state: OptimizerState, unique: Callable[[str], str]) -> Opt
         for slot in declared
     }
     ordered = {slot: slots[slot] for slot in state.slots}
-    return OptimizerState(_all(state.step, _STEP), powers, ordered)
+    return OptimizerState(_all(state.step, STEP), powers, ordered)
 
 
 def _all(tree: Any, name: str) -> Any:
@@ -101,7 +105,41 @@ def average_name(name: str) -> str:
     >>> average_name("conv/kernel")
     'conv/kernel/ExponentialMovingAverage'
     """
-    return f"{name}/{_AVERAGE}"
+    return f"{name}/{AVERAGE}"
+
+
+def origin(name: str) -> tuple[str, str, str]:
+    """The inverse of `names`: the variable that a slot or an average belongs to, kind and number.
+
+    A name that is none of these belongs to itself.
+
+    >>> origin("conv/kernel/Adam_1"), origin("conv/kernel")
+    (('conv/kernel', 'Adam', '_1'), ('conv/kernel', '', ''))
+    """
+    found = _OF_A_VARIABLE.fullmatch(name)
+    return (found[1], found[2], found[3] or "") if found else (name, "", "")
+
+
+def role(name: str, known: Collection[str]) -> tuple[str, str]:
+    """What TF1 keeps under a name, beside the other names; and the path that it has in emaopt.
+
+    >>> role("w/Adam_1", ["w", "w/Adam", "w/Adam_1"])
+    ('slot v of w', 'opt_state: slots/v/w')
+    """
+    if name == STEP:
+        return "global step", f"opt_state: {OptimizerState._fields[0]}"
+    if re.fullmatch(r"beta[12]_power(_\d+)?", name):
+        return "power", f"opt_state: {OptimizerState._fields[1]}/{name}"
+    of, kind, number = origin(name)
+    if kind == AVERAGE:
+        return f"average of {of}", f"opt_state: {EmaState._fields[1]}/{of}"
+    if not kind or of not in known:
+        return "variable", f"params: {name}"
+    declared = [slots for slots, other in _OPTIMIZERS.items() if other == kind]
+    last = {slots: f"{of}/{kind}_{len(slots) - 1}" for slots in declared}  # RMSProp has 2 or 3
+    slots = next((s for s in reversed(declared) if last[s] in known), declared[0])
+    slot = slots[int(number[1:] or 0) % len(slots)]
+    return f"slot {slot} of {of}", f"opt_state: {OptimizerState._fields[2]}/{slot}/{of}"
 
 
 def matching(pattern: str) -> Callable[[Tree], Tree]:
@@ -184,7 +222,7 @@ def variables_to_restore(
     own = jax.tree.leaves(_plain(params))
     stored = jax.tree.leaves(names(opt_state))
     if not _states(opt_state, OptimizerState) and any(not is_inexact(leaf) for leaf in leaves):
-        stored = [name for name in stored if name != _STEP]  # the average counts that leaf's steps
+        stored = [name for name in stored if name != STEP]  # the average counts that leaf's steps
     everything = own + stored
     if moving_average_variables is None:
         averaged = [name for name, leaf in zip(own, leaves, strict=True) if is_inexact(leaf)]

@@ -25,7 +25,7 @@ ROOMS = {
     "_names": ({"_tree", "_ema", "_optimizers"}, LIGHT),
     "checkpoint": ({"_tree", "_ema", "_names"}, LIGHT | {"orbax", "etils", "safetensors"}),
     "posthoc": ({"_tree"}, {"jax", "numpy"}),
-    "tf1": ({"_tree", "_names"}, LIGHT | {"tensorflow"}),
+    "tf1": ({"_tree", "_names", "_ema"}, LIGHT | {"tensorflow"}),
     "summary": ({"_names", "_ema", "_clip"}, LIGHT | {"tensorboardX"}),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
     "__main__": ({"", "demo"}, set()),
