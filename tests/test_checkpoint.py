@@ -593,6 +593,7 @@ def test_a_mistake_is_named_before_anything_is_read(mistake, run, monkeypatch):
     [
         ({"a.b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, r"rest/a.b.*rest/a/b.*one name|one name"),
         ({"flag": True}, r"rest/flag is a Python bool.*np.asarray\(True\)"),
+        ({"none": jnp.zeros((0, 3))}, r"rest/none has no elements"),
     ],
 )
 def test_what_orbax_would_not_read_back_is_not_saved(rest, message, tmp_path):

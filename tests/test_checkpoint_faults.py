@@ -1,8 +1,10 @@
 """Damaged files, killed processes, several processes: nothing wrong is ever loaded."""
 
-import gc
+import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,18 +108,29 @@ PARAMS = {
 }
 
 
+STATS = {"stats": jnp.ones((5, 5))}
+WANT = (*emaopt.apply_gradients(TX, PARAMS, PARAMS, TX.init(PARAMS)), STATS)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    params, opt_state = emaopt.apply_gradients(TX, PARAMS, PARAMS, TX.init(PARAMS))
-    path = tmp_path_factory.mktemp("damaged")
+    path = tmp_path_factory.mktemp("saved")
     with ocp.training.Checkpointer(path) as checkpointer:
-        checkpoint.save(checkpointer, 1, params, opt_state, stats=jnp.ones((5, 5)))
-    return path, (params, opt_state, {"stats": jnp.ones((5, 5))})
+        checkpoint.save(checkpointer, 1, *WANT[:2], **STATS)
+    return path
 
 
 def load(path):
     with ocp.training.Checkpointer(path) as checkpointer:
-        return checkpoint.resume(checkpointer, PARAMS, TX.init(PARAMS), stats=jnp.ones((5, 5)))
+        return checkpoint.resume(checkpointer, PARAMS, TX.init(PARAMS), **STATS)
+
+
+def opens(path):
+    try:
+        ocp.training.Checkpointer(path).close()
+    except ValueError:
+        return False
+    return True
 
 
 def flip(data, rng):
@@ -133,47 +146,145 @@ DAMAGES = {
 }
 
 
-# Orbax leaves its event loop and coroutines behind when a read fails
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_detected_or_touches_no_bit_that_is_loaded(damage, saved, capfd):
-    path, want = saved
-    rng = random.Random(damage)
+def every(path, glob, damage):
+    for file in path.rglob(glob):
+        damage(file)
+
+
+def half(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def scramble(file):
+    file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
+
+
+# What plain Orbax does of each of these: a wrong value, an error without a name, or a dump.
+FAILURES = {
+    "bit flipped in array data": (
+        lambda run: every(run / "1" / "params" / "ocdbt.process_0", "d/*", scramble),
+        r"params/dense/(bias|kernel)",
+    ),
+    "data file truncated": (
+        lambda run: every(run / "1" / "opt_state", "d/*", half),
+        r"OUT_OF_RANGE: .*reading [01]/\w+.* at local file .*/opt_state/.*not valid",
+    ),
+    "data file removed": (
+        lambda run: every(run / "1" / "rest", "d/*", lambda file: file.unlink()),
+        r"NOT_FOUND: .*reading stats in OCDBT database at local file .*/rest/",
+    ),
+    "bad manifest": (
+        lambda run: scramble(run / "1" / "params" / "manifest.ocdbt"),
+        r"DATA_LOSS: .*reading dense/(bias|kernel) .*/params/.*Error decoding manifest",
+    ),
+    "bad _METADATA": (
+        lambda run: half(run / "1" / "opt_state" / "_METADATA"),
+        r"file is damaged.*JSONDecodeError",
+    ),
+    "bad _sharding": (
+        lambda run: scramble(run / "1" / "opt_state" / "_sharding"),
+        r"opt_state/_sharding\": Invalid JSON",
+    ),
+    "no _METADATA": (
+        lambda run: (run / "1" / "params" / "_METADATA").unlink(),
+        r"valid pytree checkpointable names: \['rest', 'digests', 'opt_state'\]",
+    ),
+    "item removed": (
+        lambda run: shutil.rmtree(run / "1" / "opt_state"),
+        r"items \['opt_state'\] are missing",
+    ),
+    "digests removed": (
+        lambda run: shutil.rmtree(run / "1" / "digests"),
+        r"items \['digests'\] are missing",
+    ),
+    "completion mark removed": (
+        lambda run: (run / "1" / "_CHECKPOINT_METADATA").unlink(),
+        r"holds no finished checkpoint",
+    ),
+}
+
+
+def outcome(path):
+    """What comes of loading: the error, or None if every bit is right."""
+    if not opens(path):
+        return "not even Orbax opens the run"
+    try:
+        got = load(path)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    assert_bitwise(got, WANT)
+    return None
+
+
+def report(path):
+    """What comes of every damage and of every failure, one at a time, on a saved checkpoint."""
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.stat().st_size)
-    messages = []
-    for i in range(60):
-        file = files[i % len(files)]
-        data = file.read_bytes()
-        damaged = DAMAGES[damage](data, rng)
-        file.write_bytes(damaged) if damaged is not None else file.unlink()
-        try:
-            assert_bitwise(load(path), want)
-        except (ValueError, FileNotFoundError) as error:
-            messages.append(str(error))
-        finally:
+    damages = {name: [] for name in DAMAGES}
+    for name, damage in DAMAGES.items():
+        rng = random.Random(name)
+        for i in range(60):
+            file = files[i % len(files)]
+            data = file.read_bytes()
+            damaged = damage(data, rng)
+            file.write_bytes(damaged) if damaged is not None else file.unlink()
+            damages[name].append(outcome(path))
             file.write_bytes(data)
-    gc.collect()
-    capfd.readouterr()
-    assert len(messages) >= 15
-    for message in messages:
-        assert str(path) in message
-        assert "damaged" in message or "no finished checkpoint" in message
-    assert_bitwise(load(path), want)
+    failures = {}
+    for name, (damage, _) in FAILURES.items():
+        copy = path.with_name("damaged")
+        shutil.copytree(path, copy)
+        damage(copy)
+        failures[name] = outcome(copy)
+        shutil.rmtree(copy)
+    return {"damages": damages, "failures": failures, "intact": outcome(path)}
+
+
+@pytest.fixture(scope="module")
+def reported(saved, tmp_path_factory):
+    """`report`, from a process of its own: a failed read leaves threads of Orbax's behind."""
+    path = tmp_path_factory.mktemp("report")
+    shutil.copytree(saved, path / "run")
+    script = (
+        "import json, os, pathlib, sys, test_checkpoint_faults as t\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "(path / 'report.json').write_text(json.dumps(t.report(path / 'run')))\n"
+        "os._exit(0)"
+    )
+    command = [sys.executable, "-c", script, path]
+    here = os.path.dirname(__file__)
+    subprocess.run(command, check=True, cwd=here, env=environment(1), stderr=subprocess.DEVNULL)
+    return json.loads((path / "report.json").read_text())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_detected_or_touches_no_bit_that_is_loaded(damage, reported):
+    """60 files each; what is not detected was in a file, or a part, that nothing depends on."""
+    errors = [error for error in reported["damages"][damage] if error is not None]
+    assert len(errors) >= 15
+    for error in errors:
+        if error != "not even Orbax opens the run":
+            assert "report0/run" in error
+            assert "damaged" in error or "no finished checkpoint" in error
+    assert reported["intact"] is None
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_error_names_checkpoint_leaf_and_cause(failure, reported):
+    error = reported["failures"][failure]
+    assert re.search(FAILURES[failure][1], error), error
+    assert "report0/damaged" in error
 
 
 @pytest.mark.parametrize("item", ["params", "opt_state", "rest"])
 def test_the_damaged_leaf_is_named(item, saved, monkeypatch):
     """A bit flipped in what Orbax read, for each leaf: what bit rot in array data comes to."""
-    path, _ = saved
-    stored = checkpoint.Stored(path / "1")
+    stored = checkpoint.Stored(saved / "1")
     for leaf in stored.items[item]:
         with monkeypatch.context() as patch:
             patch.setattr(ocp, "load", flipping(ocp.load, item, leaf))
             name = "/".join((item, *leaf))
             with pytest.raises(ValueError, match=rf"checkpoint .*/1: {name} is damaged: its bits"):
-                load(path)
+                load(saved)
 
 
 def flipping(read, item, leaf):

@@ -23,7 +23,17 @@ from emaopt._ema import SwappedEmaState, averages, swap
 from emaopt._tree import Tree, key_paths, leaf_names
 
 from ._digest import DIGESTS, digests
-from ._stored import MARKER, KeyPath, Stored, finished_steps, leaves_by_path, locate, logical, pick
+from ._stored import (
+    MARK,
+    MARKER,
+    KeyPath,
+    Stored,
+    finished_steps,
+    leaves_by_path,
+    locate,
+    logical,
+    pick,
+)
 
 
 def save(
@@ -44,7 +54,7 @@ def save(
     one. `checkpointer` is yours: its directory, its policies.
     """
     items = _items(params, opt_state, name, digest, rest)
-    return checkpointer.save_checkpointables(step, items)
+    return checkpointer.save_checkpointables(step, items, custom_metadata=_inventory(items))
 
 
 def save_async(
@@ -62,7 +72,7 @@ def save_async(
     The arrays are on their way when this returns, so donating them is safe. `result()` waits.
     """
     items = _items(params, opt_state, name, digest, rest)
-    return checkpointer.save_checkpointables_async(step, items)
+    return checkpointer.save_checkpointables_async(step, items, custom_metadata=_inventory(items))
 
 
 def _items(params: Tree, opt_state: Tree, name: str | None, digest: bool, rest: dict) -> dict:
@@ -77,6 +87,11 @@ def _items(params: Tree, opt_state: Tree, name: str | None, digest: bool, rest: 
     return _with_digests(items) if digest else items
 
 
+def _inventory(items: dict[str, Tree]) -> dict:
+    """What a checkpoint says it holds, so that an item that is gone is missed."""
+    return {"emaopt": {"items": sorted(items)}}
+
+
 def _with_digests(items: dict[str, Tree]) -> dict[str, Tree]:
     """The items and, for each, the digests of its leaves in the order of their sorted paths."""
     found = {}
@@ -87,7 +102,7 @@ def _with_digests(items: dict[str, Tree]) -> dict[str, Tree]:
 
 
 def _check_leaves(item: str, tree: Tree) -> None:
-    """Raise if Orbax would save the tree without complaint, and not read it back."""
+    """Raise if Orbax could not save the tree, or not read it back."""
     seen: dict[str, KeyPath] = {}
     for path, leaf in leaves_by_path(tree).items():
         name = "/".join((item, *path))
@@ -101,6 +116,10 @@ def _check_leaves(item: str, tree: Tree) -> None:
         if isinstance(leaf, bool):
             raise ValueError(
                 f"{name} is a Python bool, which Orbax cannot read back. Pass np.asarray({leaf})."
+            )
+        if getattr(leaf, "size", 1) == 0:
+            raise ValueError(
+                f"{name} has no elements, which Orbax cannot save. Leave it out, or mask it: None."
             )
 
 
@@ -119,7 +138,8 @@ def resume(
     given, onto whatever mesh that is.
     """
     checkpointer.wait()
-    found = {c.step: Path(c.path) for c in checkpointer.checkpoints}
+    listed = {c.step: Path(c.path) for c in checkpointer.checkpoints}
+    found = {step: path for step, path in listed.items() if (path / MARK).exists()}
     stored = Stored(pick(found, step, checkpointer.directory))
     markers = {path for path in stored.items.get("opt_state", {}) if path[-1] == MARKER}
     name, like = _as_saved(params, opt_state, markers, stored.path)
@@ -230,7 +250,8 @@ def export_averages(
         raise FileExistsError(f"destination={destination} exists. Remove it or pass another path.")
     averaged = stored.load_averages(stored.params_like() if like is None else like, None, False)
     if destination.suffix != ".safetensors":
-        ocp.save_checkpointables(destination, _with_digests({"params": averaged}))
+        items = _with_digests({"params": averaged})
+        ocp.save_checkpointables(destination, items, custom_metadata=_inventory(items))
         return
     try:
         from safetensors.numpy import save_file

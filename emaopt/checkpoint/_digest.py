@@ -1,9 +1,9 @@
 """One number per leaf that any flipped bit changes.
 
-`digest = sum of mix(word + position * 0x9E3779B9)` over the 32-bit words, modulo 2**32, with MurmurHash3's
-finalizer for `mix`. The sum does not depend on order, so not on sharding either: each device reads
-its own shard once and one scalar per leaf is added up. `mix` is a bijection, so a change of one
-word always changes the sum; any other change goes unseen with a probability of 2**-32.
+`digest = sum of mix(word + position * 0x9E3779B9)` over the 32-bit words, modulo 2**32, with the
+finalizer of MurmurHash3 for `mix`. The sum does not depend on order, so not on sharding either:
+each device reads its own shard once and one scalar per leaf is added up. `mix` is a bijection, so
+a change of one word always changes the sum; any other goes unseen with a probability of 2**-32.
 """
 
 from collections.abc import Sequence

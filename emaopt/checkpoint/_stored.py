@@ -5,6 +5,8 @@ Everything is found in the checkpoint's own metadata. A leaf is one path, the it
 """
 
 import difflib
+import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from ._digest import DIGESTS, damaged
 
 KeyPath = tuple[str, ...]
 SHADOW, STEP, MARKER = "shadow", "step", "emaopt_swapped"
+MARK = "_CHECKPOINT_METADATA"  # of a finished checkpoint
 
 
 class Source(NamedTuple):
@@ -32,12 +35,14 @@ class Source(NamedTuple):
 
 
 def finished_steps(directory: Path) -> dict[int, Path]:
-    """The finished checkpoints of a run, by step; Orbax lists empty directories too."""
+    """The finished checkpoints of a run, by step: directories named `120` or `step_120`.
+
+    Only the names are read: one damaged checkpoint must not hide the others.
+    """
     if not directory.is_dir():
         return {}
-    found = ocp.path.step.standard_name_format().find_all(directory)
-    paths = {c.step: Path(c.path) for c in found}
-    return {step: path for step, path in paths.items() if (path / _MARK_OF_COMPLETION).exists()}
+    named = [(re.fullmatch(r"(?:.+_)?(\d+)", path.name), path) for path in directory.iterdir()]
+    return {int(name[1]): path for name, path in named if name and (path / MARK).exists()}
 
 
 def locate(path: Any, step: int | None) -> Path:
@@ -47,7 +52,7 @@ def locate(path: Any, step: int | None) -> Path:
         raise ValueError(f"path={str(path)!r} is relative. Pass an absolute path.")
     if not path.is_dir():
         raise FileNotFoundError(f"path={str(path)!r} is not a directory. Pass a checkpoint or run.")
-    if step is None and any((path / file).exists() for file in (_MARK_OF_COMPLETION, "_METADATA")):
+    if step is None and any((path / file).exists() for file in (MARK, "_METADATA")):
         return path
     return pick(finished_steps(path), step, path)
 
@@ -70,7 +75,8 @@ class Stored:
             self.trees = _read_metadata(path)
         except Exception as error:
             raise ValueError(
-                f"checkpoint {path}: its metadata is damaged. {_cause(error)} Use another step."
+                f"checkpoint {path}: what is in it cannot be read, a file is damaged, cut off or "
+                f"missing. {_cause(error)} Use another step."
             ) from error
         self.items = {item: leaves_by_path(tree) for item, tree in self.trees.items()}
 
@@ -272,9 +278,6 @@ class Stored:
         return True
 
 
-_MARK_OF_COMPLETION = "_CHECKPOINT_METADATA"
-
-
 def leaves_by_path(tree: Tree) -> dict[KeyPath, Any]:
     """The leaves by their key path on disk, in flattening order."""
     return dict(zip(key_paths(tree), jax.tree.leaves(tree), strict=True))
@@ -286,12 +289,20 @@ def logical(path: KeyPath) -> KeyPath:
 
 
 def _read_metadata(path: Path) -> dict[str, Tree]:
-    if not (path / _MARK_OF_COMPLETION).exists() or (path / "_METADATA").exists():
+    if not (path / MARK).exists() or (path / "_METADATA").exists():
         return {"": ocp.metadata(path, checkpointable_name=None).metadata}
-    trees = ocp.checkpointables_metadata(path).metadata
-    unreadable = sorted(item for item, tree in trees.items() if tree is None)
-    if unreadable or not trees:
-        raise ValueError(f"Orbax cannot read the items {unreadable}.")
+    found = ocp.checkpointables_metadata(path)
+    trees = found.metadata
+    note: Any = found.custom_metadata
+    expected = note["emaopt"]["items"] if note and "emaopt" in note else []
+    missing = sorted(set(expected) - set(trees))
+    if missing or not trees:
+        raise ValueError(f"The items {missing} are missing.")
+    for item, tree in trees.items():
+        if tree is None:
+            with warnings.catch_warnings(action="ignore"):
+                ocp.load(path, checkpointable_name=item)  # raises why
+            raise ValueError(f"Orbax cannot read the item {item}.")
     return trees
 
 
@@ -370,7 +381,11 @@ def _cast(value: Any, leaf: Any) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, its first line."""
+    """The innermost reason, without TensorStore's dump; the leaf that it names, as we name it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    text = str(error).split(" [tensorstore_spec=")[0].split("\n")[0]
+    text = re.sub(
+        r'reading "([^"]+)/zarr.json"', lambda m: f"reading {m[1].replace('.', '/')}", text
+    )
+    return f"({type(error).__name__}: {text[:400]})"
