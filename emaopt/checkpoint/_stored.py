@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
@@ -20,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._tree import Tree, describe, key_paths
 
 from ._digest import DIGESTS, damaged
+from ._leaf import as_stored, like_leaf, same_kind, shape
 
 
 KeyPath = tuple[str, ...]
@@ -111,14 +111,14 @@ class Stored:
             path, param = sources[leaf_name]
             stored = self.leaf(path)
             problems += self._problems(path, leaf, [leaf] if cast else [stored, param])
-            by_item.setdefault(path[0], {})[path[1:]] = _as_stored(leaf, stored)
+            by_item.setdefault(path[0], {})[path[1:]] = as_stored(leaf, stored)
         self.refuse(problems)
         loaded: dict[KeyPath, Any] = {
             (item, *path): value
             for item, leaves in by_item.items()
             for path, value in self._load_leaves(item, leaves).items()
         }
-        values = [_cast(loaded[sources[n].path], leaf) for n, leaf in wanted.items()]
+        values = [like_leaf(loaded[sources[n].path], leaf) for n, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), values)
 
     def averages(self, names: Iterable[KeyPath], name: str | None) -> dict[KeyPath, Source]:
@@ -211,9 +211,9 @@ class Stored:
         name = "/".join(path)
         if stored is None:
             return [self._missing(keys, self.items[item])]
-        if _shape(leaf) != _shape(stored):
-            return [f"{name} has shape {_shape(stored)}, asked for as {_shape(leaf)}"]
-        if not any(_same_kind(leaf, other) for other in allowed):
+        if shape(leaf) != shape(stored):
+            return [f"{name} has shape {shape(stored)}, asked for as {shape(leaf)}"]
+        if not any(same_kind(leaf, other) for other in allowed):
             return [f"{name} is {describe(stored)}, asked for as {describe(leaf)}"]
         return []
 
@@ -224,8 +224,8 @@ class Stored:
     def _load_item(self, item: str, like: Tree) -> Tree:
         wanted = leaves_by_path(like)
         stored = self.items[item]
-        values = self._load_leaves(item, {p: _as_stored(x, stored[p]) for p, x in wanted.items()})
-        ordered = [_cast(values[path], leaf) for path, leaf in wanted.items()]
+        values = self._load_leaves(item, {p: as_stored(x, stored[p]) for p, x in wanted.items()})
+        ordered = [like_leaf(values[path], leaf) for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), ordered)
 
     def _load_leaves(self, item: str, wanted: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
@@ -337,47 +337,6 @@ def _shared(a: KeyPath, b: KeyPath) -> int:
     """The length of the common start."""
     same = [x == y for x, y in zip(a, b, strict=False)]
     return (*same, False).index(False)
-
-
-def _shape(leaf: Any) -> tuple:
-    return np.shape(_raw(leaf)) if isinstance(leaf, (int, float, bool, str)) else _raw(leaf).shape
-
-
-def _raw(leaf: Any) -> Any:
-    """Keys are stored as the integers they are made of."""
-    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.eval_shape(jax.random.key_data, leaf)
-    return leaf
-
-
-def _same_kind(a: Any, b: Any) -> bool:
-    if b is None:
-        return False
-    if hasattr(a, "dtype") and hasattr(b, "dtype"):
-        return _raw(a).dtype == _raw(b).dtype
-    kind = lambda x: np.dtype(x.dtype).kind if hasattr(x, "dtype") else np.asarray(x).dtype.kind
-    return kind(a) == kind(b)
-
-
-def _as_stored(leaf: Any, stored: Any) -> Any:
-    """A template that reads what is stored, without conversion, to where `leaf` is."""
-    if not hasattr(stored, "dtype"):
-        return stored
-    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-        return np.empty(stored.shape, stored.dtype)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
-
-
-def _cast(value: Any, leaf: Any) -> Any:
-    """What was read, as `leaf` is: an array of its dtype, or a number."""
-    if not hasattr(leaf, "dtype"):
-        return type(leaf)(value) if hasattr(value, "dtype") else value
-    if not hasattr(value, "dtype"):
-        return jnp.asarray(value, leaf.dtype)
-    return value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
 
 
 def _cause(error: BaseException) -> str:
