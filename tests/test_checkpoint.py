@@ -14,6 +14,7 @@ import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file
 
 import emaopt
 from emaopt import checkpoint
@@ -492,10 +493,9 @@ def test_export_is_the_averages_alone(run, like, tmp_path):
 
 
 def test_export_to_safetensors_has_flat_names(run, tmp_path):
-    safetensors = pytest.importorskip("safetensors.numpy")
     path, params, opt_state = run
     checkpoint.export_averages(path, tmp_path / "a.safetensors", step=3)
-    got = safetensors.load_file(tmp_path / "a.safetensors")
+    got = load_file(tmp_path / "a.safetensors")
     want = emaopt.average(params, opt_state)
     assert got.keys() == {"bias", "conv/kernel"}
     assert np.array_equal(got["bias"], want["bias"])
