@@ -10,6 +10,7 @@ is read into a tree or written to disk.
 import difflib
 import importlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -167,7 +168,7 @@ class _Checkpoint:
 
     def __init__(self, path: Any):
         self.tf = _tensorflow()
-        path = os.fspath(path)
+        path = re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", os.fspath(path))
         directory = path if self.tf.io.gfile.isdir(path) else os.path.dirname(path)
         found = self.tf.io.gfile.glob(os.path.join(directory, "*.index"))
         known = f"It has {sorted(map(_prefix, found))}." if found else ""
@@ -213,7 +214,8 @@ class _Checkpoint:
             return f"{name} has shape {shape} in the checkpoint, {leaf.shape} here"
         here = dtype_of(leaf.value)
         if not any(_holds(other, dtype) for other in (here, leaf.dtype)):
-            return f"{name} is {dtype} in the checkpoint, {here} here"
+            enable = f"; jax_enable_x64 makes {dtype}" * (dtype.itemsize == 8)
+            return f"{name} is {dtype} in the checkpoint, {here} here{enable}"
         if not _holds(here, dtype) and _cast(self._value(leaf.name), here) is None:
             return f"{name} would lose bits: it is {dtype} in the checkpoint, {here} here"
         return None

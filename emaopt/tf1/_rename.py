@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._ema import SwappedEmaState, averages, swap
+from emaopt._ema import SwappedEmaState, averages
 from emaopt._names import AVERAGE, STEP, names, origin
 from emaopt._tree import Tree, did_you_mean, is_inexact
 
@@ -19,37 +19,37 @@ Rule = tuple[str, str] | tuple[str, str, Callable[[Shape], Shape]]
 Rename = Mapping[str, str] | Callable[[str], str] | Sequence[Rule]
 AverageName = str | Callable[[str], str]
 
-_LAYERS: list[Rule] = [
+_LINEN: list[Rule] = [
     (r"^(params|batch_stats)/", ""),
-    (r"\bBatchNorm_(\d+)/scale$", r"BatchNorm_\1/gamma"),
-    (r"\bBatchNorm_(\d+)/bias$", r"BatchNorm_\1/beta"),
-    (r"\bBatchNorm_(\d+)/mean$", r"BatchNorm_\1/moving_mean"),
-    (r"\bBatchNorm_(\d+)/var$", r"BatchNorm_\1/moving_variance"),
+    (r"(?i)((norm|bn)[^/]*)/bias$", r"\1/beta"),
+    (r"\bscale$", "gamma"),
+    (r"\bmean$", "moving_mean"),
+    (r"\bvar$", "moving_variance"),
 ]
 
 TF_LAYERS: list[Rule] = [
-    *_LAYERS,
+    *_LINEN,
     (r"\bDense_(\d+)/", r"dense_\1/"),
     (r"\bConv_(\d+)/", r"conv2d_\1/"),
     (r"\bBatchNorm_(\d+)/", r"batch_normalization_\1/"),
     (r"\b(dense|conv2d|batch_normalization)_0/", r"\1/"),
 ]
-"""Linen's names to those of `tf.layers`: `Dense_1/kernel` is `dense_1/kernel`, `Conv_0` `conv2d`,
-`BatchNorm_0/scale` `batch_normalization/gamma`, `mean` and `var` the moving ones."""
+"""From Linen's names to those of `tf.layers`: `Dense_1/kernel` to `dense_1/kernel`, `Conv_0/bias`
+to `conv2d/bias`, `BatchNorm_0/scale` to `batch_normalization/gamma`. Pass
+`{"params": ..., "batch_stats": ...}` for the moving mean and variance."""
 
 SLIM: list[Rule] = [
-    *_LAYERS,
-    (r"\bDense_(\d+)/kernel$", r"Dense_\1/weights"),
-    (r"\bDense_(\d+)/bias$", r"Dense_\1/biases"),
-    (r"\bConv_(\d+)/kernel$", r"Conv_\1/weights"),
-    (r"\bConv_(\d+)/bias$", r"Conv_\1/biases"),
+    *_LINEN,
+    (r"\bkernel$", "weights"),
+    (r"\bbias$", "biases"),
     (r"/(Dense|Conv)_0/", "/"),
     (r"\bDense_(\d+)/", r"fully_connected_\1/"),
     (r"\b(fully_connected|Conv|BatchNorm)_0/", r"\1/"),
 ]
-"""Linen's names to Slim's: `weights` and `biases`. A module of one layer and its BatchNorm is one
-scope: `Mixed/Conv_0/kernel` is `Mixed/weights`, `Mixed/BatchNorm_0/scale` `Mixed/BatchNorm/gamma`;
-at the top, `Conv_1/kernel` is `Conv_1/weights` and `Dense_0/kernel` `fully_connected/weights`."""
+"""From Linen's names to Slim's. A module of one layer and its norm is one scope:
+`Stem/Conv_0/kernel` goes to `Stem/weights`, `Stem/BatchNorm_0/scale` to `Stem/BatchNorm/gamma`;
+outside of any module `Conv_1/kernel` goes to `Conv_1/weights`, `Dense_0/bias` to
+`fully_connected/biases`. A scope around it all is one rule more: `[*SLIM, ("^", "Net/")]`."""
 
 
 def depthwise(pattern: str, replacement: str, multiplier: int = 1) -> Rule:
@@ -105,13 +105,9 @@ def leaves_in_tf1(
     tf1 = jax.tree.map(lambda n: target(n)[0], own[0]), jax.tree.map(in_tf1, own[1], opt_state)
     dtypes = dict(zip(jax.tree.leaves(tf1[0]), map(dtype_of, jax.tree.leaves(params)), strict=True))
     if swapped:
-        tf1 = swap(*tf1, name)
-    rows = zip(
-        jax.tree.leaves(own),
-        jax.tree.leaves((params, opt_state)),
-        [n for n in jax.tree.leaves(tf1) if isinstance(n, str)],  # the mark of a swap is no name
-        strict=True,
-    )
+        exchange = _exchange(own[1], tf1[1], lambda n: target(n)[0], name)
+        tf1 = jax.tree.map(lambda n: exchange.get(n, n), tf1)
+    rows = zip(*map(jax.tree.leaves, (own, (params, opt_state), tf1)), strict=True)
     found: list[Leaf] = []
     problems: list[str] = []
     if isinstance(rename, Mapping):
@@ -140,6 +136,30 @@ def leaves_in_tf1(
         dtype = np.dtype(np.int64) if counts else dtypes.get(of_tf1, dtype_of(value))
         found.append(Leaf(mine, value, variable, shape, dtype))
     return found, problems
+
+
+def _exchange(
+    own: Tree, tf1: Tree, target: Callable[[str], str], name: str | None
+) -> dict[str, str]:
+    """The names of variables to those of their averages, and back."""
+    known = averages(own)
+    if not known or name not in {None, *known}:
+        raise ValueError(
+            f"name={name!r} is no average of opt_state, which has {list(known)}. Pass the state of "
+            "a chain with emaopt.ema in it, or swapped=False."
+        )
+    pairs: dict[str, str] = {}
+    for each in known if name is None else [name]:
+        shadows = jax.tree.leaves(known[each].shadow), jax.tree.leaves(averages(tf1)[each].shadow)
+        for mine, average in zip(*shadows, strict=True):
+            variable = target(origin(mine)[0])
+            if variable in pairs:
+                raise ValueError(
+                    f"name is missing: {variable!r} has several averages. Pass name=, one of: "
+                    f"{', '.join(map(repr, known))}."
+                )
+            pairs[variable] = average
+    return pairs | {average: variable for variable, average in pairs.items()}
 
 
 def _renamer(rename: Rename | None) -> Callable[[str], tuple[str, list[Callable[[Shape], Shape]]]]:

@@ -1,0 +1,655 @@
+"""TF1's checkpoints: what TensorFlow 1.15.5 wrote goes on here, and is written as it wrote it."""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import emaopt
+from emaopt import adam, average_name, ema, momentum, tf1
+
+
+tf = pytest.importorskip("tensorflow")
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"
+RUNS = json.loads((GOLDEN / "runs.json").read_text())
+FILES = ".index", ".data-00000-of-00001"
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return dict(np.load(GOLDEN / "runs.npz"))
+
+
+def transformation(run):
+    kind, hyper = RUNS["runs"][run]
+    name = {"GradientDescent": "gradient_descent"}.get(kind, kind.lower())
+    return optax.chain(getattr(emaopt, name)(**hyper), ema(emaopt.warmup(RUNS["decay"])))
+
+
+def stored(path):
+    """All variables of a checkpoint."""
+    reader = tf.train.load_checkpoint(str(path))
+    return {n: np.asarray(reader.get_tensor(n)) for n in reader.get_variable_to_shape_map()}
+
+
+def assert_same(a, b):
+    """The same trees, bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert type(x) is type(y)
+        assert np.asarray(x).dtype == np.asarray(y).dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def assert_same_bytes(a, b):
+    for ending in FILES:
+        assert (
+            pathlib.Path(f"{a}{ending}").read_bytes() == pathlib.Path(f"{b}{ending}").read_bytes()
+        )
+
+
+def ramp(tree):
+    """Every leaf at values of its own."""
+    leaves, treedef = jax.tree.flatten(tree)
+    new = [
+        (jnp.arange(x.size).reshape(x.shape) / 7 + i + 1).astype(x.dtype)
+        for i, x in enumerate(leaves)
+    ]
+    return treedef.unflatten(new)
+
+
+MLP = {"mlp": {"dense": {"bias": jnp.zeros(4), "kernel": jnp.zeros((3, 4))}}}
+MLP_NAMES = emaopt.names(MLP)
+forms = pytest.mark.parametrize("swapped", [False, True], ids=["saver", "swapping_saver"])
+runs = pytest.mark.parametrize("run", RUNS["runs"])
+
+
+def load_run(run, swapped):
+    tx = transformation(run)
+    prefix = GOLDEN / (run + "_swapped" * swapped) / "model.ckpt-20"
+    return tx, prefix, tf1.load(prefix, MLP, tx.init(MLP), swapped=swapped)
+
+
+@forms
+@runs
+def test_a_run_goes_on_as_in_tf1(run, swapped, arrays):
+    tx, prefix, carry = load_run(run, swapped)
+    grads = jax.tree.map(lambda n: jnp.asarray(arrays[f"grad/{n}"][20:]), MLP_NAMES)
+    carry, _ = jax.lax.scan(lambda c, g: (emaopt.apply_gradients(tx, g, *c), None), carry, grads)
+    names = jax.tree.leaves((MLP_NAMES, emaopt.names(carry[1])))
+    assert set(names) == set(stored(prefix))
+    for name, got in zip(names, jax.tree.leaves(carry), strict=True):
+        want = arrays[f"{prefix.parent.name}/{name}"]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@forms
+@runs
+def test_what_was_loaded_is_saved_as_the_files_that_tf1_wrote(run, swapped, tmp_path):
+    _, prefix, (params, opt_state) = load_run(run, swapped)
+    tf1.save(tmp_path / "model.ckpt-20", params, opt_state, swapped=swapped)
+    assert_same_bytes(tmp_path / "model.ckpt-20", prefix)
+
+
+def test_swapped_names_hold_the_averages():
+    _, _, (params, _) = load_run("adam", True)
+    in_file = stored(GOLDEN / "adam_swapped")
+    bias = params["mlp"]["dense"]["bias"]
+    assert np.array_equal(bias, in_file[average_name("mlp/dense/bias")])
+    assert not np.array_equal(bias, in_file["mlp/dense/bias"])
+
+
+W = {"w": jnp.zeros(3), "b": jnp.zeros(2)}
+COUNTED = {"w": jnp.zeros(3), "n": jnp.array(4)}
+ADAM = optax.chain(adam(), ema(0.9))
+ABSTRACT = jax.eval_shape(lambda: (W, ADAM.init(W)))
+STATES = {
+    "average alone": (W, ema(0.9)),
+    "no state": (W, optax.identity()),
+    "masked": (W, optax.chain(optax.masked(adam(), {"w": True, "b": False}), ema(0.9))),
+    "averaged in part": (W, optax.chain(adam(), optax.masked(ema(0.9), {"w": True, "b": False}))),
+    "partition": (
+        W,
+        optax.partition(
+            {"one": ADAM, "two": optax.chain(adam(), ema(0.5))}, {"w": "one", "b": "two"}
+        ),
+    ),
+    "MultiSteps": (W, optax.MultiSteps(ADAM, 2).gradient_transformation()),
+    "apply_if_finite": (W, optax.apply_if_finite(ADAM, 3)),
+    "inject_hyperparams": (W, optax.inject_hyperparams(momentum)(0.1, 0.9)),
+    "optimizer of optax": (W, optax.chain(optax.adam(0.1), ema(0.9))),
+    "integers": (COUNTED, ema(0.9)),
+    "one array": (W["w"], ADAM),
+    "half": ({"w": jnp.zeros(3, jnp.float16)}, ADAM),
+    "bfloat16": ({"w": jnp.zeros(3, jnp.bfloat16)}, ADAM),
+    "narrow average": (W, ema(0.9, accumulator_dtype=jnp.bfloat16)),
+    "list": ([jnp.zeros(3), {"w": jnp.zeros(2)}, None], ADAM),
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "swapped"),
+    [(s, False) for s in STATES]
+    + [(s, True) for s in STATES if s not in ("no state", "inject_hyperparams")],
+)
+def test_saving_and_loading_keeps_every_bit(state, swapped, tmp_path):
+    params, tx = STATES[state]
+    opt_state = tx.init(params)
+    saved = jax.tree.map(
+        lambda x, name: x if name == "global_step" or x.dtype == bool else ramp(x),
+        (params, opt_state),
+        (emaopt.names(params), emaopt.names(opt_state)),
+    )
+    if state == "integers":
+        saved[1].shadow["n"] = saved[0]["n"]
+    how = {"swapped": swapped, "rename": {"": "w"} if state == "one array" else None}
+    tf1.save(tmp_path / "x", *saved, **how)
+    assert_same(tf1.load(tmp_path / "x", params, opt_state, **how), saved)
+
+
+def test_numpy_arrays_and_numbers_stay_what_they_are(tmp_path):
+    params = {"w": np.arange(3.0), "n": 2, "x": 0.1, "yes": True}
+    tf1.save(tmp_path / "x", params, ())
+    like = {"w": np.zeros(3), "n": 0, "x": 0.0, "yes": False}
+    assert_same(tf1.load(tmp_path / "x", like, ()), (params, ()))
+
+
+def test_leaves_are_loaded_where_the_given_ones_are(tmp_path):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    sharded = jax.NamedSharding(mesh, jax.P("x"))
+    tf1.save(tmp_path / "x", {"w": jnp.arange(4.0)}, ())
+    real = jax.device_put(jnp.zeros(4), sharded)
+    for like in (real, jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharded)):
+        loaded = tf1.load(tmp_path / "x", {"w": like}, ())[0]["w"]
+        assert loaded.sharding == sharded
+        assert np.array_equal(loaded, np.arange(4))
+
+
+def test_abstract_trees_are_enough(tmp_path):
+    saved = ramp(W), ADAM.init(W)
+    tf1.save(tmp_path / "x", *saved)
+    assert_same(tf1.load(tmp_path / "x", *ABSTRACT), saved)
+
+
+def test_what_is_loaded_can_be_donated(tmp_path):
+    _, _, carry = load_run("adam", False)
+    steps = [carry[1][0].step, carry[1][1].step]
+    assert steps[0].unsafe_buffer_pointer() != steps[1].unsafe_buffer_pointer()
+
+
+# what one checkpoint each has
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_widened_and_handed_back_where_no_bit_is_lost(dtype, tmp_path):
+    tx = optax.chain(momentum(0.02, 0.8), ema(0.9))
+    like = {"w": jnp.zeros(3, dtype)}
+    params, opt_state = tf1.load(GOLDEN / dtype, like, tx.init(like))
+    in_tf1 = stored(GOLDEN / dtype)
+    assert np.array_equal(params["w"], in_tf1["w"])
+    for slot in (opt_state[0].slots["momentum"]["w"], opt_state[1].shadow["w"]):
+        assert slot.dtype == jnp.float32
+    assert np.array_equal(opt_state[0].slots["momentum"]["w"], in_tf1["w/Momentum"].astype(float))
+    tf1.save(tmp_path / "same", params, opt_state)
+    assert_same_bytes(tmp_path / "same", GOLDEN / dtype / "model.ckpt-3")
+    trained = emaopt.apply_gradients(tx, {"w": jnp.full(3, 0.3, dtype)}, params, opt_state)
+    tf1.save(tmp_path / "trained", *trained)
+    dtypes = {name: str(x.dtype) for name, x in stored(tmp_path / "trained").items()}
+    assert dtypes["w"] == dtype
+    assert dtypes["w/Momentum"] == dtypes[average_name("w")] == "float32"
+    assert_same(tf1.load(tmp_path / "trained", like, tx.init(like)), trained)
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_keeps_its_values(tmp_path):
+    tx = optax.chain(momentum(0.02, 0.8), ema(0.5))
+    like = {"w": jnp.zeros(3, jnp.float64)}
+    tf1.save(tmp_path / "x", *tf1.load(GOLDEN / "float64", like, tx.init(like)))
+    assert_same_bytes(tmp_path / "x", GOLDEN / "float64" / "model.ckpt-3")
+
+
+def test_partitioned_variables_are_joined_with_their_slots(arrays):
+    like = {"w": jnp.zeros((5, 3))}
+    params, opt_state = tf1.load(GOLDEN / "partitioned", like, ADAM.init(like))
+    assert np.array_equal(params["w"], arrays["partitioned/w"])
+    assert np.all(np.asarray(opt_state[0].slots["m"]["w"]) != 0)
+
+
+def test_a_run_without_averages_is_loaded(arrays):
+    params, opt_state = tf1.load(GOLDEN / "no_average", {"w": W["w"]}, adam().init({"w": W["w"]}))
+    assert np.array_equal(params["w"], arrays["no_average/w"])
+    assert opt_state.step == 3
+
+
+@pytest.mark.parametrize("name", ["slow", lambda variable: f"{variable}/slow"])
+def test_averages_of_another_name_are_found_and_saved(name, arrays, tmp_path):
+    like = {"w": W["w"]}
+    loaded = tf1.load(GOLDEN / "other_name", like, ADAM.init(like), average_name=name)
+    assert np.array_equal(loaded[1][1].shadow["w"], arrays["other_name/average"])
+    tf1.save(tmp_path / "x", *loaded, average_name=name)
+    assert_same_bytes(tmp_path / "x", GOLDEN / "other_name" / "model.ckpt-3")
+
+
+def test_of_several_averages_the_one_named_is_swapped(tmp_path):
+    tx = optax.named_chain(("fast", ema(0.5)), ("slower", ema(0.9)))
+    params, opt_state = ramp(W), tx.init(W)
+    opt_state["slower"] = ema(0.9).init(jax.tree.map(jnp.negative, params))
+    tf1.save(tmp_path / "x", params, opt_state, swapped=True, name="slower")
+    in_file = stored(tmp_path / "x")
+    assert np.array_equal(in_file["w"], opt_state["slower"].shadow["w"])
+    assert np.array_equal(in_file[average_name("w")], opt_state["fast"].shadow["w"])
+    assert np.array_equal(in_file[average_name("w") + "_1"], params["w"])
+    loaded = tf1.load(tmp_path / "x", W, tx.init(W), swapped=True, name="slower")
+    assert_same(loaded, (params, opt_state))
+
+
+# names
+
+
+class Layers(nn.Module):
+    """The network of the golden checkpoint `layers`."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True, epsilon=1e-3)(x))
+        x = nn.Conv(8, (3, 3), feature_group_count=4, use_bias=False, name="depthwise")(x)
+        x = nn.relu(x).reshape(len(x), -1)
+        x = nn.relu(nn.Dense(5)(x))
+        return nn.Dense(2)(x)
+
+
+class Stem(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), use_bias=False)(x)
+        return nn.relu(nn.BatchNorm(use_running_average=True, epsilon=1e-3)(x))
+
+
+class Slim(nn.Module):
+    """The network of the golden checkpoint `slim`."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = Stem(name="Stem")(x)
+        x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=4, name="Separable")(x))
+        return nn.Dense(2)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("folder", "module", "rename"),
+    [
+        (
+            "layers",
+            Layers(),
+            [
+                *tf1.TF_LAYERS,
+                tf1.depthwise("depthwise/kernel$", "depthwise/kernel", 2),
+                ("^", "net/"),
+            ],
+        ),
+        (
+            "slim",
+            Slim(),
+            [
+                tf1.depthwise("Separable/kernel$", "Separable/depthwise_weights", 2),
+                *tf1.SLIM,
+                ("^", "Net/"),
+            ],
+        ),
+    ],
+    ids=["layers", "slim"],
+)
+def test_linen_takes_over_a_network(folder, module, rename, swapped, arrays, tmp_path):
+    images = jnp.asarray(arrays["images"])
+    variables = dict(module.init(jax.random.key(0), images))
+    tx = optax.chain(momentum(0.02, 0.8), ema(0.5))
+    like = variables, tx.init(variables["params"])
+    loaded, opt_state = tf1.load(GOLDEN / folder, *like, rename=rename)
+    logits = module.apply(loaded, images)
+    np.testing.assert_allclose(logits, arrays[f"{folder}/logits"], rtol=1e-5, atol=1e-5)
+    tf1.save(tmp_path / "x", loaded, opt_state, rename=rename)
+    assert_same_bytes(tmp_path / "x", GOLDEN / folder / "model.ckpt-3")
+    tf1.save(tmp_path / "y", loaded, opt_state, rename=rename, swapped=swapped)
+    again = tf1.load(tmp_path / "y", *like, rename=rename, swapped=swapped)
+    assert_same(again, (loaded, opt_state))
+
+
+LINEN = {"Dense_0": {"kernel": jnp.ones(2)}, "Dense_1": {"kernel": jnp.ones(3)}}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        {"Dense_0/kernel": "dense/kernel", "Dense_1/kernel": "dense_1/kernel"},
+        lambda name: name.replace("Dense", "dense").replace("_0", ""),
+        [("Dense", "dense"), (r"dense_0", "dense")],
+        tf1.TF_LAYERS,
+    ],
+    ids=["dict", "function", "rules", "ready rules"],
+)
+def test_slots_and_averages_follow_their_parameter(rename, tmp_path):
+    tf1.save(tmp_path / "x", LINEN, ADAM.init(LINEN), rename=rename)
+    ends = "", "/Adam", "/Adam_1", "/ExponentialMovingAverage"
+    assert set(stored(tmp_path / "x")) == {
+        "beta1_power",
+        "beta2_power",
+        "global_step",
+        *(layer + "/kernel" + end for layer in ("dense", "dense_1") for end in ends),
+    }
+
+
+def test_a_dict_names_the_variables_of_a_state_too(tmp_path):
+    params = {"w": W["w"]}
+    rename = {"w": "v", "w/Adam": "v/AdamG", "global_step": "train/step"}
+    tf1.save(tmp_path / "x", params, adam().init(params), rename=rename)
+    expected = {"v", "v/AdamG", "v/Adam_1", "train/step", "beta1_power", "beta2_power"}
+    assert set(stored(tmp_path / "x")) == expected
+    assert stored(tmp_path / "x")["train/step"].dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("rules", "name", "expected"),
+    [
+        (tf1.TF_LAYERS, "params/BatchNorm_0/scale", "batch_normalization/gamma"),
+        (tf1.TF_LAYERS, "BatchNorm_2/bias", "batch_normalization_2/beta"),
+        (tf1.TF_LAYERS, "batch_stats/BatchNorm_1/mean", "batch_normalization_1/moving_mean"),
+        (tf1.TF_LAYERS, "Block_0/Conv_10/bias", "Block_0/conv2d_10/bias"),
+        (tf1.TF_LAYERS, "bn1/bias", "bn1/beta"),
+        (tf1.TF_LAYERS, "bn1/var", "bn1/moving_variance"),
+        (tf1.TF_LAYERS, "cabin/bias", "cabin/bias"),
+        (tf1.SLIM, "Conv_0/kernel", "Conv/weights"),
+        (tf1.SLIM, "Conv_1/bias", "Conv_1/biases"),
+        (tf1.SLIM, "Dense_0/kernel", "fully_connected/weights"),
+        (tf1.SLIM, "Mixed_5b/Branch_0/Conv_0/kernel", "Mixed_5b/Branch_0/weights"),
+        (tf1.SLIM, "Mixed_5b/Branch_0/BatchNorm_0/bias", "Mixed_5b/Branch_0/BatchNorm/beta"),
+    ],
+)
+def test_a_ready_rule_makes_the_name(rules, name, expected, tmp_path):
+    tf1.save(tmp_path / "x", {name: jnp.zeros(1)}, (), rename=rules)
+    assert set(stored(tmp_path / "x")) == {expected}
+
+
+# the files
+
+
+@pytest.mark.parametrize("ending", FILES)
+def test_a_file_of_a_checkpoint_means_the_checkpoint(ending):
+    path = GOLDEN / "adam" / f"model.ckpt-20{ending}"
+    assert tf1.inspect(path) == tf1.inspect(GOLDEN / "adam")
+
+
+def test_the_older_format_is_read(arrays):
+    params, _ = tf1.load(GOLDEN / "version_1", {"w": W["w"]}, adam().init({"w": W["w"]}))
+    assert np.array_equal(params["w"], arrays["version_1/w"])
+
+
+def test_a_directory_means_its_newest_checkpoint(tmp_path):
+    for step in (1, 2):
+        tf1.save(tmp_path / "run" / f"model.ckpt-{step}", {"w": jnp.full(2, float(step))}, ())
+    (w,) = jax.tree.leaves(tf1.load(tmp_path / "run", {"w": jnp.zeros(2)}, ()))
+    assert np.array_equal(w, [2, 2])
+    state = tf.train.get_checkpoint_state(str(tmp_path / "run"))
+    assert [pathlib.Path(p).name for p in state.all_model_checkpoint_paths] == [
+        "model.ckpt-1",
+        "model.ckpt-2",
+    ]
+
+
+def test_a_relative_path_means_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tf1.save("model.ckpt-1", {"w": jnp.ones(2)}, ())
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    assert tf1.inspect("moved")[0].name == "w"
+    assert (tmp_path / "checkpoint").read_text().splitlines() == [
+        'model_checkpoint_path: "model.ckpt-1"',
+        'all_model_checkpoint_paths: "model.ckpt-1"',
+    ]
+
+
+def test_inspect_says_what_a_variable_is_and_becomes():
+    bias = "mlp/dense/bias"
+    assert tf1.inspect(GOLDEN / "rmsprop_centered")[:6] == [
+        ("global_step", (), "int64", "global step", "opt_state: step"),
+        (bias, (4,), "float32", "variable", f"params: {bias}"),
+        (average_name(bias), (4,), "float32", f"average of {bias}", f"opt_state: shadow/{bias}"),
+        (f"{bias}/RMSProp", (4,), "float32", f"slot rms of {bias}", f"opt_state: slots/rms/{bias}"),
+        (f"{bias}/RMSProp_1", (4,), "float32", f"slot mg of {bias}", f"opt_state: slots/mg/{bias}"),
+        (
+            f"{bias}/RMSProp_2",
+            (4,),
+            "float32",
+            f"slot momentum of {bias}",
+            f"opt_state: slots/momentum/{bias}",
+        ),
+    ]
+    rows = {row.name: row for row in tf1.inspect(GOLDEN / "rmsprop")}
+    assert rows[f"{bias}/RMSProp_1"].role == f"slot momentum of {bias}"
+    power, *_ = tf1.inspect(GOLDEN / "adam")
+    assert power == ("beta1_power", (), "float32", "power", "opt_state: powers/beta1_power")
+
+
+# what is wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "tx", "how", "messages"),
+    [
+        (
+            "adam",
+            MLP,
+            ema(0.9),
+            {},
+            [
+                "nothing was loaded",
+                "mlp/dense/bias/Adam is not used: slot m of mlp/dense/bias",
+                "beta1_power is not used: power",
+                "strict=False",
+            ],
+        ),
+        (
+            "adam",
+            {"mlp": {"Dense": MLP["mlp"]["dense"]}},
+            ADAM,
+            {},
+            [
+                "mlp/Dense/bias is missing; close: mlp/dense/bias",
+                "mlp/Dense/kernel/Adam_1 is missing; close: mlp/dense/kernel/Adam_1",
+                "mlp/dense/kernel is not used: variable",
+            ],
+        ),
+        (
+            "adam",
+            LINEN,
+            optax.identity(),
+            {"rename": [("Dense_0", "mlp/dense")]},
+            [
+                "mlp/dense/kernel (Dense_0/kernel here) has shape (3, 4) in the checkpoint",
+            ],
+        ),
+        (
+            "no_average",
+            {"w": jnp.zeros(3)},
+            ADAM,
+            {},
+            ["w/ExponentialMovingAverage is missing"],
+        ),
+        (
+            "float64",
+            {"w": jnp.zeros(3)},
+            optax.chain(momentum(0.1, 0.9), ema(0.5)),
+            {},
+            [
+                "w is float64 in the checkpoint, float32 here; jax_enable_x64 makes float64",
+                "w/Momentum is float64 in the checkpoint, float32 here",
+            ],
+        ),
+        (
+            "float16",
+            {"w": jnp.zeros(3, jnp.bfloat16)},
+            optax.identity(),
+            {},
+            ["w is float16 in the checkpoint, bfloat16 here"],
+        ),
+        (
+            "no_average",
+            {"w": jnp.zeros(3, jnp.int32)},
+            optax.identity(),
+            {},
+            ["w is float32 in the checkpoint, int32 here"],
+        ),
+        (
+            "adam",
+            MLP,
+            ema(0.9, accumulator_dtype=jnp.bfloat16),
+            {},
+            [f"{average_name('mlp/dense/bias')} would lose bits: it is float32 in the checkpoint"],
+        ),
+        (
+            "parts_by_name",
+            {"w": jnp.zeros((5, 3))},
+            optax.identity(),
+            {},
+            ["w is cut into w/part_0, ..., saved without their places"],
+        ),
+        (
+            "no_average",
+            ABSTRACT[0],
+            adam(),
+            {"strict": False},
+            ["b is abstract and would stay so: b is missing"],
+        ),
+        ("nowhere/model.ckpt-1", W, ADAM, {}, ["is no checkpoint of TF1", "Pass the prefix"]),
+        (".", W, ADAM, {}, ["no file 'checkpoint' that names its newest"]),
+        (
+            "adam/model.ckpt-21",
+            W,
+            ADAM,
+            {},
+            ["is no checkpoint of TF1", "It has ['model.ckpt-20']."],
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(path, params, tx, how, messages):
+    with pytest.raises(ValueError, match=r"^(checkpoint|path=)") as caught:
+        tf1.load(GOLDEN / path, params, tx.init(W if params is ABSTRACT[0] else params), **how)
+    for message in messages:
+        assert message in str(caught.value)
+
+
+SWAPPED = emaopt.swap(W, ema(0.9).init(W))[1]
+UNEQUAL = (adam().init(W), ema(0.9).init(W)._replace(step=jnp.array(5)))
+BOTH = optax.named_chain(("fast", ema(0.5)), ("slower", ema(0.9))).init(W)
+
+
+@pytest.mark.parametrize(
+    ("params", "opt_state", "how", "message"),
+    [
+        (W, (), {"rename": lambda name: "x"}, "b and w would both be x"),
+        (W, (), {"rename": {"w": "b"}}, "b and w would both be b"),
+        (W, adam().init(W), {"rename": {"w": "b/Adam"}}, "w and b/Adam would both be b/Adam"),
+        (W, adam().init(W), {"rename": {"w": "global_step"}}, "w and global_step would both be"),
+        (W, (), {"rename": {"kernel": "x"}}, "rename has 'kernel', which is no name here"),
+        (LINEN, (), {"rename": {"Dense0/kernel": "x"}}, "Did you mean 'Dense_0/kernel'"),
+        (W, (), {"rename": lambda name: None}, "'b' would be None in TF1"),
+        (W["w"], (), {}, "named '' would be '' in TF1"),
+        (W, ema(0.9).init(W), {"average_name": lambda name: ""}, "would be '' in TF1"),
+        (W, (), {"rename": ["w"]}, "is not a dict, a function or a list of rules"),
+        (W, (), {"rename": [("(", "x")]}, "is not a dict, a function or a list of rules"),
+        (W, (), {"rename": [("w", r"\1")]}, "is not a dict, a function or a list of rules"),
+        (W, (), {"rename": 3}, "is not a dict, a function or a list of rules"),
+        (
+            {"w": jnp.zeros((3, 3, 2, 8))},
+            (),
+            {"rename": [tf1.depthwise("w", "w")]},
+            "w has shape (3, 3, 2, 8); its rule in rename makes (3, 3, 8, 1)",
+        ),
+        ({"key": jax.random.key(0)}, (), {}, "key is a random key"),
+        (W, UNEQUAL, {}, "global_step is one variable in TF1: it cannot be 0 and 5"),
+        (*ABSTRACT, {}, "w is abstract: float32[3]"),
+        (W, SWAPPED, {}, "opt_state is swapped already"),
+        (W, adam().init(W), {"swapped": True}, "is no average of opt_state"),
+        (W, ema(0.9).init(W), {"swapped": True, "name": "slow"}, "name='slow' is no average"),
+        (W, BOTH, {"swapped": True}, "several averages. Pass name=, one of: 'fast', 'slower'"),
+    ],
+)
+def test_what_cannot_be_saved_is_named_and_nothing_is_written(
+    params, opt_state, how, message, tmp_path
+):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message has parentheses)
+        tf1.save(tmp_path / "x", params, opt_state, **how)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path):
+    params = {"a": W["w"], "b": W["w"], "key": jax.random.key(0)}
+    with pytest.raises(ValueError, match=r"both be a\n  key is a random key"):
+        tf1.save(tmp_path / "x", params, (), rename={"b": "a"})
+
+
+def test_a_directory_cannot_be_written_to(tmp_path):
+    for path in (tmp_path, f"{tmp_path}/run/"):
+        with pytest.raises(ValueError, match="is a directory"):
+            tf1.save(path, W, ())
+
+
+def test_a_step_beyond_int32_is_refused(tmp_path):
+    tf1.save(
+        tmp_path / "x", {"global_step": np.int64(2**31)} | W, ema(0.9).init(W)._replace(step=())
+    )
+    with pytest.raises(ValueError, match="global_step would lose bits: it is int64"):
+        tf1.load(tmp_path / "x", W, ema(0.9).init(W))
+
+
+def test_a_damaged_value_is_named(tmp_path):
+    shutil.copytree(GOLDEN / "adam", tmp_path / "run")
+    data = tmp_path / "run" / "model.ckpt-20.data-00000-of-00001"
+    data.chmod(0o644)
+    written = bytearray(data.read_bytes())
+    written[-1] ^= 1
+    data.write_bytes(written)
+    with pytest.raises(
+        ValueError, match="mlp/dense/kernel/ExponentialMovingAverage cannot be read"
+    ):
+        tf1.load(tmp_path / "run", MLP, transformation("adam").init(MLP))
+
+
+def test_without_strictness_what_does_not_fit_stays_and_is_returned():
+    like = {"w": jnp.full(3, 7.0), "more": jnp.ones(2)}
+    tx = ema(0.9)
+    params, opt_state, skipped = tf1.load(GOLDEN / "no_average", like, tx.init(like), strict=False)
+    assert np.array_equal(params["more"], like["more"])
+    assert np.array_equal(opt_state.shadow["w"], like["w"])
+    assert opt_state.step == 3
+    assert not np.array_equal(params["w"], like["w"])
+    assert skipped == {
+        "more": "more is missing",
+        average_name("more"): f"{average_name('more')} is missing",
+        average_name("w"): f"{average_name('w')} is missing",
+        "beta1_power": "beta1_power is not used: power",
+        "beta2_power": "beta2_power is not used: power",
+        "w/Adam": "w/Adam is not used: slot m of w",
+        "w/Adam_1": "w/Adam_1 is not used: slot v of w",
+    }
+
+
+def test_without_tensorflow_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    for call in (
+        tf1.inspect,
+        lambda path: tf1.save(path, W, ()),
+        lambda path: tf1.load(path, W, ()),
+    ):
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "emaopt\[tf1\]"'):
+            call("x")
