@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +100,6 @@ def test_an_absent_leaf_has_no_name():
 
 
 def test_an_equinox_module_is_named_by_its_fields():
-    eqx = pytest.importorskip("equinox")
     model = eqx.filter(eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0)), eqx.is_array)
     layers = ["layers/0/weight", "layers/0/bias", "layers/1/weight", "layers/1/bias"]
     assert flat(model) == layers
