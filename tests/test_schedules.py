@@ -338,6 +338,7 @@ def test_a_decay_may_depend_on_a_traced_value():
         lambda x: inverse_gamma(x, x, x / 10, x / 4),
         lambda x: every(2, x / 10),
         lambda x: every(x, power(1)),
+        lambda x: every(x // 3, power(1)),
         lambda x: after(x, power(1)),
     ],
 )
