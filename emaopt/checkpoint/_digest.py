@@ -22,21 +22,14 @@ def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
 
     On the devices of the leaves; on the host if there are none, or not the same for all.
     """
-    groups: dict[Any, dict[int, Any]] = {}
-    for i, leaf in enumerate(leaves):
-        devices = leaf.sharding.device_set if isinstance(leaf, jax.Array) else frozenset()
-        groups.setdefault(frozenset(devices), {})[i] = _hashable(leaf)
-    if len(groups) > 1:
-        host = groups.pop(frozenset(), {})  # goes with any devices
-        next(iter(groups.values())).update(host)
-    if len(groups) == 1:
-        ((devices, group),) = groups.items()
-        found = _with_own_digest(_of_leaves([group[i] for i in sorted(group)]))
-        return found if devices else np.asarray(found)  # several processes save no local array
-    each = np.zeros(len(leaves), np.uint32)
-    for group in groups.values():
-        each[list(group)] = _of_leaves(list(group.values()))
-    return np.asarray(_with_own_digest(each))
+    # one call per leaf: in one program for all, XLA on CPU keeps the mixed words of all at once
+    on_device = lambda leaf: isinstance(leaf, jax.Array)
+    found = [(leaf, _digest(_hashable(leaf))) for leaf in leaves]
+    each = [digest if on_device(leaf) else np.asarray(digest) for leaf, digest in found]
+    places = {frozenset(leaf.sharding.device_set) for leaf in leaves if on_device(leaf)}
+    if len(places) == 1:
+        return _with_own_digest(each)
+    return np.asarray(_with_own_digest([np.asarray(digest) for digest in each]))
 
 
 def damaged(recorded: np.ndarray, leaves: dict[int, Any]) -> list[int] | None:
@@ -48,12 +41,7 @@ def damaged(recorded: np.ndarray, leaves: dict[int, Any]) -> list[int] | None:
 
 
 @jax.jit
-def _of_leaves(leaves: list) -> jax.Array:
-    return jnp.stack([_digest(x) for x in leaves])
-
-
-@jax.jit
-def _with_own_digest(each: jax.Array | np.ndarray) -> jax.Array:
+def _with_own_digest(each: Any) -> jax.Array:
     each = jnp.asarray(each)
     return jnp.append(each, _digest(each))
 
@@ -70,6 +58,7 @@ def _hashable(leaf: Any) -> Any:
     return np.ascontiguousarray(x)[..., None].view(np.uint32)
 
 
+@jax.jit
 def _digest(x) -> jax.Array:
     words = _words(x)
     position = jnp.zeros(words.shape, jnp.uint32)
