@@ -1,12 +1,18 @@
 """The command line: `emaopt`, or `python -m emaopt`. Each command imports what it needs."""
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import emaopt
+
+
+# nothing is computed, so nothing needs an accelerator, or to be told how one would be used
+_QUIET = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"emaopt {emaopt.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
+    _add_ls(commands)
     arguments = vars(parser.parse_args(argv))
     arguments.pop("command")(**arguments)
 
@@ -81,6 +88,51 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
             sys.exit(130)
 
     demo.set_defaults(command=command)
+
+
+def _add_ls(commands: argparse._SubParsersAction) -> None:
+    ls = commands.add_parser(
+        "ls",
+        help="what is in a checkpoint of TF1 or Orbax",
+        description=(
+            "List the leaves of a checkpoint, of TF1 or of Orbax: name, shape, dtype, size, and\n"
+            "what it is: a variable, or the average, a slot or the raw parameter of which one.\n"
+            "Only metadata is read."
+        ),
+        epilog=(
+            "examples:\n"
+            "  emaopt ls run/model.ckpt-20     TF1, by prefix; of a directory, its newest\n"
+            "  emaopt ls emaopt-demo/checkpoints         Orbax: the newest finished step\n"
+            "  emaopt ls emaopt-demo/checkpoints/30 --json\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ls.add_argument("checkpoint", metavar="CHECKPOINT", help="a prefix or a directory")
+    ls.add_argument("--json", action="store_true", dest="as_json", help="for machines")
+
+    def command(**arguments):
+        with _checkpoint_errors(ls):
+            from emaopt.listing import show
+
+            show(**arguments)
+
+    ls.set_defaults(command=command)
+
+
+@contextmanager
+def _checkpoint_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What is wrong with a checkpoint gets one line."""
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:

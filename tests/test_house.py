@@ -28,7 +28,8 @@ ROOMS = {
     "tf1": ({"_tree", "_names", "_ema"}, LIGHT | {"tensorflow"}),
     "summary": ({"_names", "_ema", "_clip"}, LIGHT | {"tensorboardX"}),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
-    "__main__": ({"", "demo"}, set()),
+    "listing": ({"_names", "checkpoint", "tf1"}, LIGHT | {"etils"}),
+    "__main__": ({"", "demo", "listing"}, set()),
     "__init__": (CORE, set()),
 }
 # jax loads etils itself

@@ -1,0 +1,190 @@
+"""What is in a checkpoint, of TF1 or of Orbax: its leaves, and what each one is. No value is read.
+
+A variable, the average of one, a slot of one (`slot m of w`), a power, the global step; in a
+checkpoint that `emaopt.checkpoint.save` wrote, `params` holds the averages and the shadow the raw
+parameters.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from etils.epath import Path
+
+from emaopt._names import role
+from emaopt.checkpoint._digest import DIGESTS
+from emaopt.checkpoint._leaf import shape
+from emaopt.checkpoint._stored import (
+    MARK,
+    MARKER,
+    SHADOW,
+    STEP,
+    KeyPath,
+    Stored,
+    _average_nodes,
+    _root_of_params,
+    finished_steps,
+    locate,
+    logical,
+)
+from emaopt.tf1 import inspect
+
+
+TF1, OTHER = "tf1", "other"  # the item, and the dict in it, of what Orbax has no place for
+
+
+class Leaf(NamedTuple):
+    """A leaf of a checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+    bytes: int
+
+
+def show(checkpoint: str, as_json: bool = False) -> None:
+    """Print a table, as wide as the terminal at most, or JSON."""
+    path = absolute(checkpoint)
+    found = tf1_leaves(path) if is_tf1(path) else orbax_leaves(Stored(locate(path, None)))
+    total = sum(leaf.bytes for leaf in found)
+    if as_json:
+        rows = [leaf._asdict() for leaf in found]
+        print(json.dumps({"checkpoint": str(path), "leaves": rows, "bytes": total}, indent=1))
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print("\n".join([*table(found, width), "", f"{len(found)} leaves, {total:,} bytes"]))
+
+
+def absolute(path: str) -> Path:
+    """A path of the command line: one here, or one in a cloud, `gs://...`."""
+    return Path(path if "://" in path else os.path.abspath(path))
+
+
+def is_tf1(path: Path) -> bool:
+    """Whether there is a checkpoint of TF1, not of Orbax; an error if there is neither."""
+    if path.is_dir():
+        if finished_steps(path) or any((path / file).exists() for file in (MARK, "_METADATA")):
+            return False
+        if (path / "checkpoint").exists() or any(path.glob("*.index")):
+            return True
+        raise ValueError(
+            f"{path} holds no finished checkpoint, neither of Orbax nor of TF1. Pass a run, one "
+            "checkpoint, or a prefix such as model.ckpt-20"
+        )
+    if path.exists() or Path(f"{path}.index").exists():
+        return True
+    known = sorted(file.name for file in path.parent.glob("*") if file.suffix != ".meta")[:9]
+    there = f". {path.parent} has {', '.join(known)}" if known else ""
+    raise FileNotFoundError(f"{path} does not exist{there}")
+
+
+def tf1_leaves(path: Path) -> list[Leaf]:
+    """The variables of a checkpoint of TF1, by name."""
+    return [Leaf(v.name, v.shape, v.dtype, v.role, _bytes(v.shape, v.dtype)) for v in inspect(path)]
+
+
+def orbax_leaves(stored: Stored) -> list[Leaf]:
+    """The leaves of a checkpoint of Orbax, by name."""
+    roles = _roles({logical(path): path for path in stored.paths()})
+    rows = []
+    for path, what in roles.items():
+        leaf = stored.leaf(path)
+        dtype = str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
+        name = "/".join(filter(None, path))
+        rows.append(Leaf(name, tuple(shape(leaf)), dtype, what, _bytes(shape(leaf), dtype)))
+    return sorted(rows)
+
+
+def root_of_params(index: dict[KeyPath, KeyPath]) -> KeyPath:
+    """The node that the parameters are in: beside the averages, or else named `params`."""
+    nodes = _average_nodes(index)
+    shadowed = {leaf for _, leaf in _shadows(index, nodes).values()}
+    if shadowed:
+        return _root_of_params(index, nodes, shadowed)
+    named = [p[: i + 1] for p in index for i, key in enumerate(p) if key == "params"]
+    return min(named, key=len, default=("",))
+
+
+def _shadows(index: Any, nodes: Any) -> dict[KeyPath, tuple[KeyPath, KeyPath]]:
+    """The leaves of all shadows: each one's average, and the parameter's path."""
+    return {
+        path: (node, path[len(node) + 1 :])
+        for path in index
+        for node in nodes
+        if path[: len(node) + 1] == (*node, SHADOW)
+    }
+
+
+def _roles(index: dict[KeyPath, KeyPath]) -> dict[KeyPath, str]:
+    """What each leaf is, by its path on disk."""
+    nodes = _average_nodes(index)
+    shadows = _shadows(index, nodes)
+    swapped = {leaf for node, leaf in shadows.values() if nodes[node]}
+    root = root_of_params(index)
+    params = {path[len(root) :] for path in index if path[: len(root)] == root}
+    known = {path[-1] for path in index if path[:2] == (TF1, OTHER)} | set(map("/".join, params))
+
+    def what(path: KeyPath) -> str:
+        if path[:2] == (TF1, OTHER):
+            return role(path[-1], known)[0]
+        if path in shadows:
+            node, leaf = shadows[path]
+            return f"{'raw parameter' if nodes[node] else 'average'} of {'/'.join(leaf)}"
+        if path[: len(root)] == root:
+            leaf = path[len(root) :]
+            return f"average of {'/'.join(leaf)}" if leaf in swapped else "variable"
+        if path[0] == DIGESTS:
+            return f"digests of {path[-1]}"
+        if path[-1] in (STEP, MARKER):
+            return {STEP: "global step", MARKER: "mark of a swap"}[path[-1]]
+        if path[-2:-1] == ("powers",):
+            return "power"
+        for i in range(2, len(path)):
+            if path[i:] in params:
+                return f"slot {path[i - 1]} of {'/'.join(path[i:])}"
+        return "rest"
+
+    return {path: what(key) for key, path in index.items()}
+
+
+def table(leaves: list[Leaf], width: int | None) -> list[str]:
+    """Lines of aligned columns; names and roles are cut in the middle where they do not fit."""
+    rows = [("name", "shape", "dtype", "bytes", "role")]
+    for leaf in leaves:
+        dims = "[" + ",".join(map(str, leaf.shape)) + "]"
+        rows.append((leaf.name, dims, leaf.dtype, f"{leaf.bytes:,}", leaf.role))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    over = 0 if width is None else sum(widths) + 8 - width
+    if over > 0:
+        room = max(16, widths[0] + widths[4] - over)
+        widths[0] = max(min(widths[0], room // 2), room - widths[4])
+        widths[4] = room - widths[0]
+    lines = []
+    for name, dims, dtype, size, what in rows:
+        cells = (
+            f"{_cut(name, widths[0]):{widths[0]}}",
+            f"{dims:{widths[1]}}",
+            f"{dtype:{widths[2]}}",
+            f"{size:>{widths[3]}}",
+            _cut(what, widths[4]),
+        )
+        lines.append("  ".join(cells))
+    return lines
+
+
+def _cut(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    start = (width - 1) // 2
+    return f"{text[:start]}…{text[start + 1 - width :]}"
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Size of the values; of strings, what is known of them is their number."""
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
