@@ -1,6 +1,7 @@
 """Saving swapped, resuming exactly, and the averages out of any checkpoint, with real Orbax."""
 
 import dataclasses
+import sys
 import threading
 import time
 from functools import partial
@@ -111,6 +112,24 @@ def test_resume_from_abstract_trees(tmp_path):
         checkpoint.save(checkpointer, 2, params, opt_state)
         like = jax.eval_shape(lambda: (PARAMS, tx.init(PARAMS)))
         assert_same(checkpoint.resume(checkpointer, *like), (params, opt_state, {}))
+
+
+def test_an_ordinary_checkpoint_resumes_too(tmp_path):
+    tx = OPTIMIZERS["chain"]
+    params, opt_state = trained(tx, 2)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save_checkpointables(2, {"params": params, "opt_state": opt_state})
+        got = checkpoint.resume(checkpointer, PARAMS, tx.init(PARAMS))
+    assert_same(got, (params, opt_state, {}))
+
+
+def test_a_number_comes_back_as_what_is_asked_for(tmp_path):
+    params, opt_state = trained(OPTIMIZERS["chain"], 1)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 1, params, opt_state, epoch=7, step_=jnp.int32(9))
+        like = (PARAMS, OPTIMIZERS["chain"].init(PARAMS))
+        *_, rest = checkpoint.resume(checkpointer, *like, epoch=jnp.int32(0), step_=0)
+    assert_same(rest, {"epoch": jnp.int32(7), "step_": 9})
 
 
 def test_resume_takes_the_step_asked_for(run):
@@ -446,6 +465,10 @@ def test_watch_passes_over_what_is_unfinished_or_vanishes(run, monkeypatch):
     assert seen == [3, 1]
 
 
+def test_watch_waits_for_a_directory_that_is_not_there_yet(tmp_path):
+    assert list(checkpoint.watch(tmp_path / "later", PARAMS, interval=0.01, timeout=0.05)) == []
+
+
 def test_watch_raises_what_is_wrong_with_a_checkpoint_that_stays(run):
     path, *_ = run
     with pytest.raises(ValueError, match=r"extra is missing"):
@@ -490,6 +513,22 @@ def test_export_is_the_averages_alone(run, like, tmp_path):
     ]
     assert_same(checkpoint.restore_averages(tmp_path / "served", PARAMS), want)
     assert_same(ocp.load(tmp_path / "served", PARAMS, checkpointable_name="params"), want)
+
+
+def test_an_export_and_a_list_can_be_exported(run, tmp_path):
+    path, params, opt_state = run
+    want = emaopt.average(params, opt_state)
+    ocp.save(tmp_path / "list", [params, opt_state])
+    checkpoint.export_averages(path, tmp_path / "first")
+    for source in ("list", "first"):
+        checkpoint.export_averages(tmp_path / source, tmp_path / f"{source} exported")
+        assert_same(checkpoint.restore_averages(tmp_path / f"{source} exported", PARAMS), want)
+
+
+def test_export_to_safetensors_without_the_package_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
+        checkpoint.export_averages(run[0], tmp_path / "a.safetensors")
 
 
 def test_export_to_safetensors_has_flat_names(run, tmp_path):
@@ -613,6 +652,24 @@ def test_a_state_without_an_average_is_not_saved_or_restored(tmp_path):
     one_tree(tmp_path / "one", PARAMS, optax.adam(0.1).init(PARAMS))
     with pytest.raises(ValueError, match="holds no average"):
         checkpoint.restore_averages(tmp_path / "one", PARAMS)
+
+
+def test_several_averages_of_a_leaf_need_a_name(tmp_path):
+    tx = optax.named_chain(("fast", emaopt.ema(0.5)), ("slow", emaopt.ema(0.9)))
+    params, opt_state = trained(tx, 2)
+    one_tree(tmp_path / "one", params, opt_state)
+    with pytest.raises(ValueError, match=r"name is missing.*opt_state/fast, state/opt_state/slow"):
+        checkpoint.restore_averages(tmp_path / "one", PARAMS)
+    got = checkpoint.restore_averages(tmp_path / "one", PARAMS, name="fast")
+    assert_same(got, emaopt.average(params, opt_state, "fast"))
+
+
+def test_an_item_that_is_not_there_is_an_error(tmp_path):
+    params, opt_state = trained(OPTIMIZERS["chain"], 1)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save_checkpointables(1, {"model": params, "opt_state": opt_state})
+        with pytest.raises(ValueError, match=r"there is no item 'params', only model, opt_state"):
+            checkpoint.resume(checkpointer, PARAMS, opt_state)
 
 
 def test_cast_converts_what_else_would_be_an_error(run):

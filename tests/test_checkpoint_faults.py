@@ -287,6 +287,25 @@ def test_the_damaged_leaf_is_named(item, saved, monkeypatch):
                 load(saved)
 
 
+def test_damaged_digests_are_not_blamed_on_the_data(saved, monkeypatch):
+    monkeypatch.setattr(ocp, "load", flipping(ocp.load, "digests", ("params",)))
+    with pytest.raises(ValueError, match="the digests of item 'params' are damaged"):
+        load(saved)
+
+
+def test_an_item_without_metadata_is_an_error_even_if_orbax_loads_it(saved, monkeypatch):
+    read = ocp.checkpointables_metadata
+
+    def blind(path):
+        found = read(path)
+        found.metadata["rest"] = None
+        return found
+
+    monkeypatch.setattr(ocp, "checkpointables_metadata", blind)
+    with pytest.raises(ValueError, match="Orbax cannot read the item rest"):
+        load(saved)
+
+
 def flipping(read, item, leaf):
     def load(path, template, *, checkpointable_name):
         tree = read(path, template, checkpointable_name=checkpointable_name)

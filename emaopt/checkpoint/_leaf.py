@@ -21,8 +21,6 @@ def _raw(leaf: Any) -> Any:
 
 def same_kind(a: Any, b: Any) -> bool:
     """Whether two leaves have the same dtype; of a Python number, only its kind counts."""
-    if b is None:
-        return False
     if hasattr(a, "dtype") and hasattr(b, "dtype"):
         return _raw(a).dtype == _raw(b).dtype
     kind = lambda x: np.dtype(x.dtype).kind if hasattr(x, "dtype") else np.asarray(x).dtype.kind

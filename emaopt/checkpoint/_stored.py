@@ -162,7 +162,7 @@ class Stored:
             for node in nodes
             if path[: len(node) + 1] == (*node, SHADOW)
         }
-        root = _root_of_params(index, nodes, shadowed)
+        root = _root_of_params(index, nodes, shadowed) if nodes else ("params",)
         tree = self.trees[root[0]]
         for key in root[1:]:
             tree = tree[int(key) if isinstance(tree, (list, tuple)) else key]
