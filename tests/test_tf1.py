@@ -156,6 +156,11 @@ def test_saving_and_loading_keeps_every_bit(state, swapped, tmp_path):
     assert_same(tf1.load(tmp_path / "x", params, opt_state, **how), saved)
 
 
+def test_the_average_of_an_integer_is_its_variable(tmp_path):
+    tf1.save(tmp_path / "x", COUNTED, ema(0.9).init(COUNTED))
+    assert set(stored(tmp_path / "x")) == {"w", average_name("w"), "n", "global_step"}
+
+
 def test_numpy_arrays_and_numbers_stay_what_they_are(tmp_path):
     params = {"w": np.arange(3.0), "n": 2, "x": 0.1, "yes": True}
     tf1.save(tmp_path / "x", params, ())
@@ -332,7 +337,7 @@ LINEN = {"Dense_0": {"kernel": jnp.ones(2)}, "Dense_1": {"kernel": jnp.ones(3)}}
     "rename",
     [
         {"Dense_0/kernel": "dense/kernel", "Dense_1/kernel": "dense_1/kernel"},
-        lambda name: name.replace("Dense", "dense").replace("_0", ""),
+        {"Dense_0/kernel": "dense/kernel", "Dense_1/kernel": "dense_1/kernel"}.__getitem__,
         [("Dense", "dense"), (r"dense_0", "dense")],
         tf1.TF_LAYERS,
     ],
@@ -408,13 +413,15 @@ def test_a_directory_means_its_newest_checkpoint(tmp_path):
 
 def test_a_relative_path_means_the_current_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tf1.save("model.ckpt-1", {"w": jnp.ones(2)}, ())
-    shutil.copytree(tmp_path, tmp_path / "moved")
+    for path in ("model.ckpt-1", "run/model.ckpt-1"):
+        tf1.save(path, {"w": jnp.ones(2)}, ())
+    (tmp_path / "run").rename(tmp_path / "moved")
     assert tf1.inspect("moved")[0].name == "w"
-    assert (tmp_path / "checkpoint").read_text().splitlines() == [
-        'model_checkpoint_path: "model.ckpt-1"',
-        'all_model_checkpoint_paths: "model.ckpt-1"',
-    ]
+    for folder in (tmp_path, tmp_path / "moved"):
+        assert (folder / "checkpoint").read_text().splitlines() == [
+            'model_checkpoint_path: "model.ckpt-1"',
+            'all_model_checkpoint_paths: "model.ckpt-1"',
+        ]
 
 
 def test_inspect_says_what_a_variable_is_and_becomes():
@@ -558,6 +565,7 @@ BOTH = optax.named_chain(("fast", ema(0.5)), ("slower", ema(0.9))).init(W)
         (W, (), {"rename": lambda name: "x"}, "b and w would both be x"),
         (W, (), {"rename": {"w": "b"}}, "b and w would both be b"),
         (W, adam().init(W), {"rename": {"w": "b/Adam"}}, "w and b/Adam would both be b/Adam"),
+        (W, adam().init(W), {"rename": {"w/Adam": "w"}}, "w and w/Adam would both be w"),
         (W, adam().init(W), {"rename": {"w": "global_step"}}, "w and global_step would both be"),
         (W, (), {"rename": {"kernel": "x"}}, "rename has 'kernel', which is no name here"),
         (LINEN, (), {"rename": {"Dense0/kernel": "x"}}, "Did you mean 'Dense_0/kernel'"),
@@ -610,6 +618,12 @@ def test_a_step_beyond_int32_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="global_step would lose bits: it is int64"):
         tf1.load(tmp_path / "x", W, ema(0.9).init(W))
+
+
+def test_an_integer_does_not_become_a_float(tmp_path):
+    tf1.save(tmp_path / "x", {"n": np.int16(3)}, ())
+    with pytest.raises(ValueError, match="n is int16 in the checkpoint, float32 here"):
+        tf1.load(tmp_path / "x", {"n": jnp.zeros(())}, ())
 
 
 def test_a_damaged_value_is_named(tmp_path):
