@@ -140,17 +140,7 @@ def save(
     _refuse(f"checkpoint {path}: nothing was written", problems)
     values = dict(sorted(values.items()))  # as TF1 does
     tf.io.gfile.makedirs(directory)
-    with tf.Graph().as_default():
-        tensors = [tf.compat.v1.placeholder(x.dtype, x.shape) for x in values.values()]
-        written = tf.raw_ops.SaveV2(
-            prefix=os.path.join(directory, base),
-            tensor_names=list(values),
-            shape_and_slices=[""] * len(values),
-            tensors=tensors,
-        )
-        no_gpu = tf.compat.v1.ConfigProto(device_count={"GPU": 0})  # the GPU's memory is JAX's
-        with tf.compat.v1.Session(config=no_gpu) as session:
-            session.run(written, dict(zip(tensors, values.values(), strict=True)))
+    _write(tf, os.path.join(directory, base), values)
     _note_newest(tf, directory, base)
 
 
@@ -275,6 +265,24 @@ def _split(tf: Any, path: Any) -> tuple[str, str]:
             f"{os.path.join(path, 'model.ckpt-20')}."
         )
     return directory or os.curdir, base
+
+
+def _write(tf: Any, prefix: str, values: dict[str, np.ndarray]) -> None:
+    """The values under their names."""
+    with tf.Graph().as_default(), _session(tf) as session:
+        tensors = [tf.compat.v1.placeholder(x.dtype, x.shape) for x in values.values()]
+        written = tf.raw_ops.SaveV2(
+            prefix=prefix,
+            tensor_names=list(values),
+            shape_and_slices=[""] * len(values),
+            tensors=tensors,
+        )
+        session.run(written, dict(zip(tensors, values.values(), strict=True)))
+
+
+def _session(tf: Any) -> Any:
+    """A session of the current graph. The GPU's memory is JAX's."""
+    return tf.compat.v1.Session(config=tf.compat.v1.ConfigProto(device_count={"GPU": 0}))
 
 
 def _note_newest(tf: Any, directory: str, base: str) -> None:
