@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_ls(commands)
+    _add_convert(commands)
     arguments = vars(parser.parse_args(argv))
     arguments.pop("command")(**arguments)
 
@@ -117,6 +118,53 @@ def _add_ls(commands: argparse._SubParsersAction) -> None:
             show(**arguments)
 
     ls.set_defaults(command=command)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="a checkpoint of TF1 as one of Orbax, or back",
+        description=(
+            "Write a checkpoint of TF1 as one of Orbax, or one of Orbax as one of TF1.\n\n"
+            "From TF1, by name, whatever the optimizer was:\n"
+            "  params       the variables, as nested dicts: conv/kernel -> {conv: {kernel: ...}}\n"
+            "  tf1/step     the global step\n"
+            "  tf1/shadow   the averages, nested; emaopt.checkpoint.restore_averages reads them\n"
+            "  tf1/other    all else under its own name: slots, powers\n"
+            "Back from there: the names, shapes, dtypes and bits that TF1 wrote. Any other\n"
+            "checkpoint of Orbax becomes what emaopt.tf1.save writes; strings are left out.\n\n"
+            "TF1's swapping_saver wrote the averages under the names of the variables: convert\n"
+            "such a checkpoint without --averages, and params are the averages."
+        ),
+        epilog=(
+            "examples:\n"
+            "  emaopt convert run/model.ckpt-20 converted\n"
+            "  emaopt convert converted again/model.ckpt-20\n"
+            "  emaopt convert --averages run/model.ckpt-20 for-serving\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("source", metavar="SOURCE", help="as for emaopt ls")
+    convert.add_argument(
+        "destination", metavar="DESTINATION", help="a directory for Orbax, a prefix for TF1; new"
+    )
+    convert.add_argument(
+        "--averages",
+        action="store_true",
+        help="the averages only, under the names of the variables; one without is itself",
+    )
+
+    def command(**arguments):
+        with _checkpoint_errors(convert):
+            try:
+                from emaopt.convert import convert as run
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    f'{error.name} is not installed. pip install "emaopt[tf1]"'
+                ) from None
+            run(**arguments)
+
+    convert.set_defaults(command=command)
 
 
 @contextmanager

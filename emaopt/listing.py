@@ -35,6 +35,7 @@ from emaopt.checkpoint._stored import (
 from emaopt.tf1 import inspect
 
 
+Index = dict[KeyPath, KeyPath]  # from paths without NNX's `value` to those on disk
 TF1, OTHER = "tf1", "other"  # the item, and the dict in it, of what Orbax has no place for
 
 
@@ -86,7 +87,7 @@ def is_tf1(path: Path) -> bool:
 
 def tf1_leaves(path: Path) -> list[Leaf]:
     """The variables of a checkpoint of TF1, by name."""
-    return [Leaf(v.name, v.shape, v.dtype, v.role, _bytes(v.shape, v.dtype)) for v in inspect(path)]
+    return [Leaf(v.name, v.shape, v.dtype, v.role, size(v.shape, v.dtype)) for v in inspect(path)]
 
 
 def orbax_leaves(stored: Stored) -> list[Leaf]:
@@ -97,45 +98,48 @@ def orbax_leaves(stored: Stored) -> list[Leaf]:
         leaf = stored.leaf(path)
         dtype = str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
         name = "/".join(filter(None, path))
-        rows.append(Leaf(name, tuple(shape(leaf)), dtype, what, _bytes(shape(leaf), dtype)))
+        rows.append(Leaf(name, tuple(shape(leaf)), dtype, what, size(shape(leaf), dtype)))
     return sorted(rows)
 
 
-def root_of_params(index: dict[KeyPath, KeyPath]) -> KeyPath:
+def root_of_params(index: Index) -> KeyPath:
     """The node that the parameters are in: beside the averages, or else named `params`."""
-    nodes = _average_nodes(index)
-    shadowed = {leaf for _, leaf in _shadows(index, nodes).values()}
-    if shadowed:
-        return _root_of_params(index, nodes, shadowed)
+    if shadowed := {leaf for leaf, _ in in_shadows(index).values()}:
+        return _root_of_params(index, _average_nodes(index), shadowed)
     named = [p[: i + 1] for p in index for i, key in enumerate(p) if key == "params"]
     return min(named, key=len, default=("",))
 
 
-def _shadows(index: Any, nodes: Any) -> dict[KeyPath, tuple[KeyPath, KeyPath]]:
-    """The leaves of all shadows: each one's average, and the parameter's path."""
+def params_in(index: Index) -> Index:
+    """The parameters: from each one's name to its path on disk."""
+    root = root_of_params(index)
+    return {path[len(root) :]: at for path, at in index.items() if path[: len(root)] == root}
+
+
+def in_shadows(index: Index) -> dict[KeyPath, tuple[KeyPath, bool]]:
+    """The leaves of all shadows: each one's parameter, and whether it is swapped with that."""
+    nodes = _average_nodes(index)
     return {
-        path: (node, path[len(node) + 1 :])
+        path: (path[len(node) + 1 :], swapped)
         for path in index
-        for node in nodes
+        for node, swapped in nodes.items()
         if path[: len(node) + 1] == (*node, SHADOW)
     }
 
 
-def _roles(index: dict[KeyPath, KeyPath]) -> dict[KeyPath, str]:
+def _roles(index: Index) -> dict[KeyPath, str]:
     """What each leaf is, by its path on disk."""
-    nodes = _average_nodes(index)
-    shadows = _shadows(index, nodes)
-    swapped = {leaf for node, leaf in shadows.values() if nodes[node]}
-    root = root_of_params(index)
-    params = {path[len(root) :] for path in index if path[: len(root)] == root}
+    shadows = in_shadows(index)
+    swapped = {leaf for leaf, is_swapped in shadows.values() if is_swapped}
+    root, params = root_of_params(index), params_in(index)
     known = {path[-1] for path in index if path[:2] == (TF1, OTHER)} | set(map("/".join, params))
 
     def what(path: KeyPath) -> str:
         if path[:2] == (TF1, OTHER):
             return role(path[-1], known)[0]
         if path in shadows:
-            node, leaf = shadows[path]
-            return f"{'raw parameter' if nodes[node] else 'average'} of {'/'.join(leaf)}"
+            leaf, is_swapped = shadows[path]
+            return f"{'raw parameter' if is_swapped else 'average'} of {'/'.join(leaf)}"
         if path[: len(root)] == root:
             leaf = path[len(root) :]
             return f"average of {'/'.join(leaf)}" if leaf in swapped else "variable"
@@ -185,6 +189,6 @@ def _cut(text: str, width: int) -> str:
     return f"{text[:start]}…{text[start + 1 - width :]}"
 
 
-def _bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Size of the values; of strings, what is known of them is their number."""
+def size(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of the values; of strings, only their number is known."""
     return math.prod(shape) * jnp.dtype(dtype).itemsize

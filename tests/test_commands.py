@@ -5,14 +5,17 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
-from emaopt import checkpoint
+from emaopt import checkpoint, tf1
 from emaopt.__main__ import main
+from emaopt._tree import key_paths
 from emaopt.listing import Leaf, table
 
 
@@ -39,8 +42,36 @@ def orbax(tmp_path_factory):
         with ocp.training.Checkpointer(str(root / name)) as checkpointer:
             for step in 2, 10:
                 checkpoint.save(checkpointer, step, params, opt_state, seed=step)
+    tx = optax.chain(emaopt.adam(), emaopt.ema(0.9))
+    adam, ema = tx.init(PARAMS)
+    with ocp.training.Checkpointer(str(root / "steps")) as checkpointer:
+        checkpoint.save(checkpointer, 1, PARAMS, (adam._replace(step=jnp.array(4)), ema))
     ocp.save(root / "plain", {"params": PARAMS, "trace": PARAMS, "epoch": 3})
     return root
+
+
+def write(prefix, **values):
+    """A checkpoint of TF1."""
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=list(values),
+        shape_and_slices=[""] * len(values),
+        tensors=[tf.constant(value) for value in values.values()],
+    )
+
+
+def stored(path):
+    """All variables of a checkpoint of TF1: dtype, shape and bits."""
+    reader = tf.train.load_checkpoint(str(path))
+    values = {n: np.asarray(reader.get_tensor(n)) for n in reader.get_variable_to_shape_map()}
+    return {name: (x.dtype, x.shape, x.tobytes()) for name, x in values.items()}
+
+
+def bits(tree):
+    return {
+        "/".join(path): (x.dtype, x.shape, np.asarray(x).tobytes())
+        for path, x in zip(key_paths(tree), jax.tree.leaves(tree), strict=True)
+    }
 
 
 def listed(capsys, path):
@@ -129,6 +160,90 @@ def test_the_table_fits_the_terminal(width):
 
 
 @pytest.mark.parametrize(
+    "run",
+    ["adam", "rmsprop_centered_swapped", "float64", "bfloat16", "other_name", "no_average", "slim"],
+)
+def test_tf1_to_orbax_and_back_is_the_same(run, tmp_path, capsys):
+    main(["convert", str(GOLDEN / run), str(tmp_path / "orbax")])
+    main(["convert", str(tmp_path / "orbax"), str(tmp_path / "back" / "model.ckpt-1")])
+    assert stored(tmp_path / "back") == stored(GOLDEN / run)
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
+        "checkpoint",
+        "model.ckpt-1.data-00000-of-00001",
+        "model.ckpt-1.index",
+    ]
+    shown = capsys.readouterr()
+    assert shown.out + shown.err == ""
+
+
+def test_every_dtype_and_name_survives(tmp_path):
+    dtypes = ["float16", "bfloat16", "float64", "complex64", "bool", "int8", "uint16", "int64"]
+    values = {f"{d}/w.1": np.arange(3).astype(jnp.dtype(d)) for d in dtypes}
+    names = ["/from/root", "a", "a/b", "a/b/ExponentialMovingAverage", "b//c", "w/Adam", "shadow"]
+    values |= {name: np.float32(i) for i, name in enumerate(names)}
+    write(tmp_path / "tf1", **values)
+    main(["convert", str(tmp_path / "tf1"), str(tmp_path / "orbax")])
+    main(["convert", str(tmp_path / "orbax"), str(tmp_path / "back")])
+    assert stored(tmp_path / "back") == stored(tmp_path / "tf1")
+    assert len(stored(tmp_path / "tf1")) == 15
+
+
+def test_what_was_converted_is_read_by_orbax_and_by_emaopt(tmp_path, capsys):
+    main(["convert", str(GOLDEN / "adam"), str(tmp_path / "all")])
+    main(["convert", "--averages", str(GOLDEN / "adam"), str(tmp_path / "averages")])
+    in_tf1 = stored(GOLDEN / "adam")
+    like = {"mlp": {"dense": {"bias": np.zeros(4, "f4"), "kernel": np.zeros((3, 4), "f4")}}}
+    params = bits(ocp.load(tmp_path / "all", like, checkpointable_name="params"))
+    averages = bits(ocp.load(tmp_path / "averages", like, checkpointable_name="params"))
+    assert params == {name: in_tf1[name] for name in params}
+    assert averages == {name: in_tf1[emaopt.average_name(name)] for name in params} != params
+    assert bits(checkpoint.restore_averages(tmp_path / "all", like)) == averages
+    assert set(ocp.checkpointables_metadata(tmp_path / "averages").metadata) == {
+        "params",
+        "digests",
+    }
+    _, leaves = listed(capsys, tmp_path / "all")
+    assert leaves["tf1/other/mlp/dense/bias/Adam_1"]["role"] == "slot v of mlp/dense/bias"
+    assert leaves["tf1/shadow/mlp/dense/bias"]["role"] == "average of mlp/dense/bias"
+    assert leaves["params/mlp/dense/bias"]["role"] == "variable"
+
+
+def test_averages_of_some_variables_go_with_the_other_variables(tmp_path):
+    main(["convert", "--averages", str(GOLDEN / "slim"), str(tmp_path / "orbax")])
+    main(["convert", str(tmp_path / "orbax"), str(tmp_path / "back")])
+    in_tf1, back = stored(GOLDEN / "slim"), stored(tmp_path / "back")
+    mean, bias = "Net/Stem/BatchNorm/moving_mean", "Net/Stem/BatchNorm/beta"
+    assert back[mean] == in_tf1[mean]
+    assert back[bias] == in_tf1[emaopt.average_name(bias)] != in_tf1[bias]
+    assert not [name for name in back if "Momentum" in name or "Average" in name]
+
+
+@pytest.mark.parametrize("run", ["adam", "gradient_descent", "of optax"])
+def test_a_checkpoint_of_emaopt_becomes_what_tf1_save_writes(run, orbax, tmp_path):
+    tx = optax.chain(OPTIMIZERS[run], emaopt.ema(0.9))
+    with ocp.training.Checkpointer(str(orbax / run)) as checkpointer:
+        params, opt_state, _ = checkpoint.resume(checkpointer, PARAMS, tx.init(PARAMS), seed=0)
+    tf1.save(tmp_path / "saved", params, opt_state)
+    main(["convert", str(orbax / run), str(tmp_path / "all")])
+    main(["convert", "--averages", str(orbax / run), str(tmp_path / "averages")])
+    saved, converted = stored(tmp_path / "saved"), stored(tmp_path / "all")
+    of_tf1 = {name for name in saved if not name.startswith("0/")}  # Optax's own
+    assert {name: converted[name] for name in of_tf1} == {name: saved[name] for name in of_tf1}
+    assert stored(tmp_path / "averages") == {
+        name: saved[emaopt.average_name(name)] for name in ("bias", "conv/kernel")
+    }
+    assert saved["bias"] != saved[emaopt.average_name("bias")]
+
+
+def test_a_large_checkpoint_is_written_in_parts(orbax, tmp_path, monkeypatch):
+    main(["convert", str(orbax / "adam"), str(tmp_path / "whole")])
+    monkeypatch.setattr("emaopt.convert.AT_ONCE", 40)
+    main(["convert", str(orbax / "adam"), str(tmp_path / "parts")])
+    assert len(list(tmp_path.glob("parts.data-*"))) > 3
+    assert stored(tmp_path / "parts") == stored(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ("ls", "emaopt ls: the following arguments are required: CHECKPOINT"),
@@ -137,27 +252,42 @@ def test_the_table_fits_the_terminal(width):
         ("ls golden/model.ckpt-21", "golden has checkpoint, model.ckpt-20.data-00000-of-00001, m"),
         ("ls empty", "/empty holds no finished checkpoint, neither of Orbax nor of TF1"),
         ("ls file", "/file' is no checkpoint of TF1"),
+        ("convert golden", "emaopt convert: the following arguments are required: DESTINATION"),
+        ("convert nowhere new", "nowhere does not exist"),
+        ("convert empty new", "/empty holds no finished checkpoint"),
+        ("convert golden empty", "/empty exists. Pass another DESTINATION"),
+        ("convert {orbax}/adam golden/model.ckpt-20", "/golden/model.ckpt-20 exists"),
+        ("convert {orbax}/adam file/model.ckpt-20", "/file/model.ckpt-20 cannot be written: "),
+        ("convert --averages no_average new", "SOURCE has no averages. Leave out --averages"),
+        ("convert --averages {orbax}/plain new/model.ckpt-1", "/plain holds no average"),
+        ("convert strings new", "/strings holds strings, which Orbax cannot save: words"),
+        ("convert {orbax}/steps new/model.ckpt-1", "TF1 has one global step: opt_state/0/step is"),
     ],
 )
-def test_what_is_wrong_gets_one_line(arguments, told, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_gets_one_line(arguments, told, orbax, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no checkpoint")
     (tmp_path / "golden").symlink_to(GOLDEN / "adam")
+    (tmp_path / "no_average").symlink_to(GOLDEN / "no_average")
+    write(tmp_path / "strings", words=np.array([b"a"], object))
     with pytest.raises(SystemExit) as exit_:
-        main(arguments.split())
+        main(arguments.format(orbax=orbax).split())
     assert exit_.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert told in shown.err
     assert shown.err.endswith(" --help.\n")
     assert shown.err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("command", ["ls"])
-def test_without_tensorflow_the_extra_is_named(command, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
+@pytest.mark.parametrize("missing", ["tensorflow", "tqdm"])
+def test_without_a_package_the_extra_is_named(missing, monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "emaopt.convert", raising=False)
+    monkeypatch.delattr(emaopt, "convert", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as exit_:
-        main([command, str(GOLDEN / "adam")])
+        main(["convert", str(GOLDEN / "adam"), str(tmp_path / "new")])
     assert exit_.value.code == 2
     assert 'pip install "emaopt[tf1]"' in capsys.readouterr().err

@@ -29,7 +29,11 @@ ROOMS = {
     "summary": ({"_names", "_ema", "_clip"}, LIGHT | {"tensorboardX"}),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
     "listing": ({"_names", "checkpoint", "tf1"}, LIGHT | {"etils"}),
-    "__main__": ({"", "demo", "listing"}, set()),
+    "convert": (
+        {"_tree", "_names", "_ema", "_optimizers", "checkpoint", "tf1", "listing"},
+        LIGHT | {"etils", "orbax", "tqdm"},
+    ),
+    "__main__": ({"", "demo", "listing", "convert"}, set()),
     "__init__": (CORE, set()),
 }
 # jax loads etils itself
