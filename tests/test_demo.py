@@ -131,19 +131,35 @@ def test_a_run_that_was_interrupted_resumes_to_the_same_bits(finished, tmp_path)
     assert (out / "accuracy.png").read_bytes() == (whole / "accuracy.png").read_bytes()
 
 
+def test_a_checkpoint_that_evaluates_otherwise_fails_the_demo(finished, monkeypatch):
+    out, _ = finished
+    monkeypatch.setattr(demo, "_in_another_process", lambda checkpoint: 0.5)
+    with pytest.raises(SystemExit, match="the checkpoint is wrong"):
+        main(["demo", "--out", str(out), "--epochs", str(EPOCHS), "--resume"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--seed 1", "--seed 1: the run to resume has seed 0. Pass --seed 0"),
+        ("--epochs 3", "--epochs 3: the run to resume has done 4. Pass --epochs 4 or more"),
+    ],
+)
+def test_another_run_is_not_resumed(arguments, told, finished, capsys):
+    out, _ = finished
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--out", str(out), "--resume", *arguments.split()])
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"emaopt demo: {told}. See emaopt demo --help.\n"
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     main(["demo", "--out", str(tmp_path), "--epochs", "1", "--resume"])
     shown = capsys.readouterr().out
     assert "resumed" not in shown
     assert [row[0] for row in table(shown)] == ["1"]
-
-
-def test_a_checkpoint_that_evaluates_otherwise_fails_the_demo(finished, monkeypatch):
-    out, _ = finished
-    monkeypatch.setattr(demo, "_in_another_process", lambda checkpoint: 0.5)
-    with pytest.raises(SystemExit, match="the checkpoint is wrong"):
-        main(["demo", "--out", str(out), "--epochs", str(EPOCHS), "--resume"])
 
 
 def test_the_seed_and_the_epoch_decide_the_batches():
@@ -169,16 +185,14 @@ def test_the_seed_and_the_epoch_decide_the_batches():
         ("demo --out used/file", "--out used/file cannot be used: Not a directory. Pass another"),
         ("demo --resume", "emaopt demo: --out emaopt-demo holds no run. Leave out --resume"),
         ("demo --out used --resume", "emaopt demo: --out used holds no run. Leave out --resume"),
-        ("demo --out {run} --resume --seed 1", "has seed 0. Pass --seed 0"),
-        ("demo --out {run} --resume --epochs 3", "has done 4. Pass --epochs 4 or more"),
     ],
 )
-def test_wrong_arguments_get_one_line(arguments, told, finished, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_get_one_line(arguments, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("used").mkdir()
     Path("used/file").touch()
     with pytest.raises(SystemExit) as exit_:
-        main(arguments.format(run=finished[0]).split())
+        main(arguments.split())
     assert exit_.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == ""
