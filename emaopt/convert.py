@@ -12,7 +12,7 @@ Orbax becomes what `emaopt.tf1.save` writes: an average that was swapped is an a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +25,15 @@ from emaopt._ema import EmaState, SwappedEmaState
 from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, average_name, names, origin, role
 from emaopt._optimizers import OptimizerState
 from emaopt._tree import Tree
-from emaopt.checkpoint import _check_leaves, _inventory, _with_digests
-from emaopt.checkpoint._digest import DIGESTS
+from emaopt.checkpoint import _check_leaves, _inventory
+from emaopt.checkpoint._digest import DIGESTS, _with_own_digest, digests
 from emaopt.checkpoint._leaf import shape
 from emaopt.checkpoint._stored import MARKER, SHADOW, STEP, KeyPath, Stored, locate, logical
 from emaopt.listing import OTHER, TF1, absolute, in_shadows, is_tf1, params_in, size
 from emaopt.tf1 import _cast, _Checkpoint, _first_line, _note_newest, _session, _tensorflow, _write
 
 
-AT_ONCE = 2**27  # bytes that are read, or written, at once
+AT_ONCE = 2**26  # bytes that are read, or written, at once
 
 
 def convert(source: str, destination: str, averages: bool = False) -> None:
@@ -56,24 +56,49 @@ def _to_orbax(source: Path, destination: Path, averages: bool) -> None:
     paths = _orbax_paths(checkpoint.stored, averages)
     if strings := [name for name in paths if checkpoint.stored[name][1].kind == "O"]:
         raise ValueError(f"{source} holds strings, which Orbax cannot save: {', '.join(strings)}")
+    for item, tree in _items(
+        {n: jax.ShapeDtypeStruct(*checkpoint.stored[n]) for n in paths}, paths
+    ):
+        _check_leaves(item, tree)
+    temporary = Path(f"{destination}.tmp{os.getpid()}")
+    found: dict[KeyPath, Any] = {}
+    try:
+        with _bar(sum(sizes[name] for name in paths), "converting") as bar:
+            for part in _parts(list(paths), sizes):
+                values = {name: checkpoint._value(name) for name in part}
+                for item, tree in _items(values, paths):
+                    ocp.partial.save(temporary / item, tree)
+                found |= {paths[name]: digests([value])[0] for name, value in values.items()}
+                bar.update(sum(sizes[name] for name in part))
+        items = {path[0] for path in found}
+        each = {i: [found[path] for path in sorted(found) if path[0] == i] for i in items}
+        _assemble(temporary, {item: _with_own_digest(np.asarray(each[item])) for item in items})
+        (temporary / DIGESTS).rename(destination)
+    finally:
+        if temporary.exists():
+            temporary.rmtree()
+
+
+def _items(values: dict[str, Any], paths: dict[str, KeyPath]) -> Iterable[tuple[str, Tree]]:
+    """Nested dicts, by item."""
     items: dict[str, Any] = {}
-    with jax.enable_x64(True), _bar(sum(sizes[n] for n in paths), "reading") as bar:
-        for name, path in paths.items():
-            node = items
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            # of NumPy's arrays Orbax makes copies, all at once
-            node[path[-1]] = jax.device_put(checkpoint._value(name))
-            bar.update(sizes[name])
-        bar.set_description("writing")
-        for item, tree in items.items():
-            _check_leaves(item, tree)
-        items = _with_digests(items)
-        context = ocp.Context()
-        context.memory.write_concurrent_bytes = AT_ONCE
-        context.memory.transfer_concurrent_bytes = AT_ONCE
-        with context:
-            ocp.save_checkpointables(destination, items, custom_metadata=_inventory(items))
+    for name, value in values.items():
+        node = items
+        for key in paths[name][:-1]:
+            node = node.setdefault(key, {})
+        node[paths[name][-1]] = value
+    return items.items()
+
+
+def _assemble(directory: Path, found: dict[str, Any]) -> None:
+    """One checkpoint of those that hold one item each. Orbax saves parts only of an only item."""
+    whole = directory / DIGESTS
+    items = {item: {"": np.zeros(1)} for item in found} | {DIGESTS: found}
+    ocp.save_checkpointables(whole, items, custom_metadata=_inventory(items))
+    for item in found:
+        ocp.partial.finalize(directory / item)
+        (whole / item).rmtree()
+        (directory / item / "state").rename(whole / item)
 
 
 def _orbax_paths(stored: dict[str, Any], averages: bool) -> dict[str, KeyPath]:
@@ -134,7 +159,7 @@ def _to_tf1(source: Path, destination: Path, averages: bool) -> None:
     try:
         tf.io.gfile.makedirs(temporary)
         with _bar(sum(leaf.bytes for leaf in leaves), "converting") as bar:
-            for part in _parts(leaves):
+            for part in _parts(leaves, {leaf: leaf.bytes for leaf in leaves}):
                 prefixes.append(os.path.join(temporary, str(len(prefixes))))
                 _write(tf, prefixes[-1], _read(stored, part))
                 bar.update(sum(leaf.bytes for leaf in part))
@@ -149,14 +174,15 @@ def _to_tf1(source: Path, destination: Path, averages: bool) -> None:
     _note_newest(tf, directory, base)
 
 
-def _parts(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
+def _parts(leaves: list[Any], sizes: dict[Any, int]) -> Iterator[list[Any]]:
     """The leaves in groups that fit into memory."""
-    part: list[_Leaf] = []
+    part, used = [], 0
     for leaf in leaves:
-        if part and sum(other.bytes for other in part) + leaf.bytes > AT_ONCE:
+        if part and used + sizes[leaf] > AT_ONCE:
             yield part
-            part = []
+            part, used = [], 0
         part.append(leaf)
+        used += sizes[leaf]
     yield part
 
 
