@@ -1,6 +1,7 @@
 """`emaopt ls` and `emaopt convert`: what they show, what they write, and what they refuse."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def orbax(tmp_path_factory):
     adam, ema = tx.init(PARAMS)
     with ocp.training.Checkpointer(str(root / "steps")) as checkpointer:
         checkpoint.save(checkpointer, 1, PARAMS, (adam._replace(step=jnp.array(4)), ema))
+    ocp.save(root / "words", {"word": "a"})
     ocp.save(root / "plain", {"params": PARAMS, "trace": PARAMS, "epoch": 3})
     return root
 
@@ -261,6 +263,7 @@ def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
         ("convert {orbax}/adam file/model.ckpt-20", "/file/model.ckpt-20 cannot be written: "),
         ("convert --averages no_average new", "SOURCE has no averages. Leave out --averages"),
         ("convert --averages {orbax}/plain new/model.ckpt-1", "/plain holds no average"),
+        ("convert {orbax}/words new/model.ckpt-1", "/words holds no arrays"),
         ("convert strings new", "/strings holds strings, which Orbax cannot save: words"),
         ("convert {orbax}/steps new/model.ckpt-1", "TF1 has one global step: opt_state/0/step is"),
     ],
@@ -281,6 +284,40 @@ def test_what_is_wrong_gets_one_line(arguments, told, orbax, tmp_path, monkeypat
     assert shown.err.endswith(" --help.\n")
     assert shown.err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(orbax):
+    read, write_end = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "emaopt", "ls", str(orbax / "adam")]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("source", [GOLDEN / "adam", "adam"])
+def test_an_interrupt_leaves_nothing_behind(source, orbax, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("emaopt.convert.digests", interrupted)
+    monkeypatch.setattr("emaopt.convert._write", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", str(orbax / source), str(tmp_path / "new")])
+    assert exit_.value.code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_value_of_nnx_is_no_part_of_a_name_and_strings_are_left_out(tmp_path):
+    leaf = {"w": {"value": jnp.ones(2)}}
+    items = {
+        "params": leaf,
+        "opt_state": {"shadow": leaf, "step": jnp.array(3)},
+        "rest": {"s": "a"},
+    }
+    ocp.save_checkpointables(tmp_path / "nnx", items)
+    main(["convert", str(tmp_path / "nnx"), str(tmp_path / "back")])
+    assert set(stored(tmp_path / "back")) == {"w", emaopt.average_name("w"), "global_step"}
 
 
 @pytest.mark.parametrize("missing", ["tensorflow", "tqdm"])
