@@ -49,7 +49,7 @@ def save(
     """Save, with the averages under the original names; whether it was (policies may say no).
 
     Items: `params` (the averages), `opt_state` (the raw parameters in the shadow's place), `rest`
-    (a dict of whatever else is given: `batch_stats=...`, `step=...`), and with `digest` a number
+    (a dict of whatever else is given: `batch_stats=...`, `epoch=...`), and with `digest` a number
     per leaf that loading compares. With several averages of the same parameters, `name` says which
     one. `checkpointer` is yours: its directory, its policies.
     """
