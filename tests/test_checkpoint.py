@@ -2,8 +2,6 @@
 
 import dataclasses
 import sys
-import threading
-import time
 from functools import partial
 
 import jax
@@ -473,33 +471,6 @@ def test_watch_raises_what_is_wrong_with_a_checkpoint_that_stays(run):
     path, *_ = run
     with pytest.raises(ValueError, match=r"extra is missing"):
         list(checkpoint.watch(path, PARAMS | {"extra": jnp.ones(1)}, interval=0.01, timeout=0))
-
-
-def test_watch_beside_a_trainer_that_deletes_old_steps(tmp_path):
-    tx = OPTIMIZERS["chain"]
-    want = {}
-
-    def train():
-        params, opt_state = PARAMS, None
-        keep = ocp.training.preservation_policies.LatestN(1)
-        with ocp.training.Checkpointer(tmp_path, preservation_policy=keep) as checkpointer:
-            for step in range(1, 9):
-                params, opt_state = trained(tx, 1, params, opt_state)
-                want[step] = emaopt.average(params, opt_state)
-                checkpoint.save(checkpointer, step, params, opt_state)
-                time.sleep(0.05)
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    seen = {}
-    for step, averaged in checkpoint.watch(tmp_path, PARAMS, interval=0.01, timeout=60.0):
-        seen[step] = averaged
-        if step == 8:
-            break
-    trainer.join()
-    assert max(seen) == 8
-    for step, averaged in seen.items():
-        assert_same(averaged, want[step])
 
 
 @pytest.mark.parametrize("like", [None, PARAMS])

@@ -371,6 +371,24 @@ def test_killed_at_random_moments_the_newest_step_is_right_and_the_next_run_resu
         newest = step
 
 
+def test_watch_beside_a_trainer_that_deletes_old_steps(tmp_path):
+    command = [*TRAINER, tmp_path / "run", "--steps", "12"]
+    like, _ = trainer.init(single_device())
+    seen = []
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(1)
+    ):
+        for step, averaged in checkpoint.watch(tmp_path / "run", like, interval=0.02, timeout=60):
+            state = trainer.state_after(step, single_device())
+            assert_bitwise(averaged, emaopt.average(*state))
+            seen.append(step)
+            if step == 12:
+                break
+    assert seen[-1] == 12
+    assert len(seen) == len(set(seen))
+    assert not (tmp_path / "run" / "1").exists()
+
+
 # ---- several processes --------------------------------------------------------------------------
 
 
