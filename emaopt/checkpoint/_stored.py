@@ -247,7 +247,8 @@ class Stored:
         meta = self.items[DIGESTS][(item,)]
         wanted = {(item,): np.empty(meta.shape, meta.dtype)}
         recorded = self._load_leaves(DIGESTS, wanted)[(item,)]
-        order = {leaf: i for i, leaf in enumerate(sorted(self.items[item]))}
+        paths = sorted(self.items[item])
+        order = {leaf: i for i, leaf in enumerate(paths)}
         bad = damaged(recorded, {order[leaf]: value for leaf, value in values.items()})
         if bad is None:
             raise ValueError(
@@ -255,7 +256,6 @@ class Stored:
                 "cannot be trusted. Use another step."
             )
         if bad:
-            paths = sorted(self.items[item])
             raise ValueError(
                 f"checkpoint {self.path}: {', '.join('/'.join((item, *paths[i])) for i in bad)} is "
                 "damaged: its bits are not those that were saved. Use another step."
