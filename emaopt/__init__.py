@@ -5,6 +5,7 @@ See the README; each name says where it comes from.
 
 import importlib.metadata
 
+from ._averages import average as average, averages as averages, swap as swap
 from ._clip import (
     clip_by_average_norm as clip_by_average_norm,
     clip_by_global_norm as clip_by_global_norm,
@@ -16,11 +17,8 @@ from ._ema import (
     EmaState as EmaState,
     MovingAverage as MovingAverage,
     SwappedEmaState as SwappedEmaState,
-    average as average,
-    averages as averages,
     ema as ema,
     moving_average as moving_average,
-    swap as swap,
 )
 from ._names import (
     average_name as average_name,

@@ -2,8 +2,7 @@
 
 `shadow -= (shadow - value) * rate`, `rate = 1 - decay(t)`, t = 1, 2, ... This form leaves a
 constant value bitwise constant, and the rate near 0 keeps its precision (see `_schedules`).
-`moving_average` is that core over any pytree; `ema` lifts it into an `optax.chain`; `average`,
-`swap` and `averages` find the averages inside whatever optax wrapped around them.
+`moving_average` is that core over any pytree; `ema` lifts it into an `optax.chain`.
 """
 
 from collections.abc import Callable
@@ -20,12 +19,8 @@ from ._tree import (
     apply_update,
     beside,
     check_shape,
-    did_you_mean,
     is_inexact,
-    is_none,
-    key_name,
     leaf_names,
-    leaf_paths,
     tree_map,
     wide,
     zip_leaves,
@@ -160,7 +155,7 @@ def ema(
     >>> tx = optax.chain(optax.sgd(1.0), ema(0.5))
     >>> params = jnp.array([0.0])
     >>> updates, state = tx.update(jnp.array([-8.0]), tx.init(params), params)
-    >>> average(params, state)
+    >>> state[-1].shadow
     Array([4.], dtype=float32)
     """
     core = moving_average(decay, accumulator_dtype=accumulator_dtype)
@@ -180,149 +175,3 @@ def ema(
         return updates, core.update(values, state, num_updates)
 
     return optax.GradientTransformationExtraArgs(core.init, update)
-
-
-def average(params: Tree, opt_state: Tree, name: str | None = None) -> Tree:
-    """The averaged parameters, to evaluate with: like `params`, in the dtypes of `params`.
-
-    A leaf that has no average (`optax.masked`) is that of `params`. With several averages in the
-    state, `name` is one of the keys of `averages(opt_state)`. TF1's `ema.average`.
-
-    >>> state = ema(0.5).init({"w": jnp.array([1.0])})
-    >>> average({"w": jnp.array([3.0])}, state)
-    {'w': Array([1.], dtype=float32)}
-    """
-    if any(isinstance(state, SwappedEmaState) for state in _choose(opt_state, name).values()):
-        raise ValueError(
-            "opt_state is swapped: the averages are in params. Evaluate params, or call "
-            "params, opt_state = emaopt.swap(params, opt_state) first."
-        )
-    shadows = _shadow_of_each_leaf(params, opt_state, name)
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
-    return treedef.unflatten(
-        [
-            p if s is None else s.astype(jnp.result_type(p))
-            for p, s in zip(leaves, shadows, strict=True)
-        ]
-    )
-
-
-def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, Tree]:
-    """The parameters and their average exchanged: `(averages, opt_state with the parameters)`.
-
-    Nothing is computed or rounded: arrays (also abstract ones) change places, so swapping twice
-    gives back the same arrays. Leaves without an average stay. The swapped average is marked, so
-    that it cannot be trained on by accident (`SwappedEmaState`). To save the averages under the
-    original names, save what `swap` returns; to go on training, load it and swap again. TF1's
-    `MovingAverageOptimizer.swapping_saver`.
-
-    >>> state = ema(0.5).init(jnp.array([1.0]))
-    >>> averages_, swapped = swap(jnp.array([3.0]), state)
-    >>> averages_, swapped.shadow
-    (Array([1.], dtype=float32), Array([3.], dtype=float32))
-    """
-    shadows = _shadow_of_each_leaf(params, opt_state, name)
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
-    exchanged = treedef.unflatten(
-        [p if s is None else s for p, s in zip(leaves, shadows, strict=True)]
-    )
-    by_path = dict(zip(leaf_paths(params), leaves, strict=True))
-    chosen = _choose(opt_state, name)
-
-    def exchange(state: EmaState | SwappedEmaState) -> EmaState | SwappedEmaState:
-        shadow_leaves, shadow_def = jax.tree.flatten(state.shadow, is_leaf=is_none)
-        paths = leaf_paths(state.shadow)
-        new = [s if s is None else by_path[k] for k, s in zip(paths, shadow_leaves, strict=True)]
-        shadow = shadow_def.unflatten(new)
-        if isinstance(state, SwappedEmaState):
-            return EmaState(state.step, shadow)
-        return SwappedEmaState(state.step, shadow, np.ones((), np.int8))
-
-    return exchanged, jax.tree.map(
-        lambda node: exchange(node) if any(node is state for state in chosen.values()) else node,
-        opt_state,
-        is_leaf=_is_ema,
-    )
-
-
-def averages(opt_state: Tree) -> dict[str, EmaState]:
-    """Every average in the state, by name.
-
-    The name is the one given in `optax.named_chain` or `optax.partition`, or the position in the
-    chain: dict keys and positions on the way, joined with a slash; the wrappers' own fields are
-    left out. An average that stands alone is named "ema".
-
-    >>> tx = optax.named_chain(("fast", ema(0.9)), ("slow", ema(0.99)))
-    >>> list(averages(tx.init(jnp.zeros(2))))
-    ['fast', 'slow']
-    """
-    found = [
-        (keys, node)
-        for keys, node in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_ema)[0]
-        if _is_ema(node)
-    ]
-    named = [
-        "/".join(key_name(k) for k in keys if not isinstance(k, jax.tree_util.GetAttrKey)) or "ema"
-        for keys, _ in found
-    ]
-    return {
-        short if named.count(short) == 1 else "/".join(map(key_name, keys)): state
-        for short, (keys, state) in zip(named, found, strict=True)
-    }
-
-
-def _is_ema(node) -> bool:
-    return isinstance(node, (EmaState, SwappedEmaState))
-
-
-def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
-    """The averages that a name means: the one of that name; without a name, all of them."""
-    found = averages(opt_state)
-    if not found:
-        raise ValueError(
-            "opt_state holds no average. Put emaopt.ema(decay) last in the optax.chain, and pass "
-            "the state that belongs to that chain (of an nnx.Optimizer: optimizer.opt_state)."
-        )
-    if name is None:
-        return found
-    if name not in found:
-        raise ValueError(
-            f"name={name!r} is not an average.{did_you_mean(name, found)} "
-            f"Pass one of: {_listed(found)}."
-        )
-    return {name: found[name]}
-
-
-def _shadow_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> list:
-    """The shadow of every leaf of `params`, `None` where it has none; matched by key path.
-
-    Averages of different leaves (`optax.partition`) make up one; two of one leaf need a name.
-    """
-    chosen = _choose(opt_state, name)
-    shadows: dict[tuple[str, ...], Any] = {}
-    for state in chosen.values():
-        for path, shadow in zip(
-            leaf_paths(state.shadow), jax.tree.leaves(state.shadow, is_leaf=is_none), strict=True
-        ):
-            if path in shadows:
-                raise ValueError(
-                    f"name is missing: leaf {'/'.join(path)!r} has several averages. "
-                    f"Pass name=, one of: {_listed(chosen)}."
-                )
-            shadows[path] = shadow
-    paths = leaf_paths(params)
-    unknown = sorted("/".join(path) for path in shadows.keys() - set(paths))
-    if unknown:
-        raise ValueError(
-            f"params has no leaf {', '.join(map(repr, unknown))}, which opt_state averages; it has "
-            f"{', '.join(map(repr, leaf_names(params)))}. Pass the parameters that tx.init was "
-            "given."
-        )
-    for path, p in zip(paths, jax.tree.leaves(params, is_leaf=is_none), strict=True):
-        if shadows.get(path) is not None:
-            check_shape("/".join(path), **{"the average": shadows[path], "params": p})
-    return [shadows.get(path) for path in paths]
-
-
-def _listed(found: dict[str, EmaState]) -> str:
-    return ", ".join(map(repr, found))

@@ -12,7 +12,7 @@ import emaopt
 
 HOUSE = Path(emaopt.__file__).parent
 FILES = {str(path.relative_to(HOUSE)): path for path in sorted(HOUSE.rglob("*.py"))}
-CORE = {"_tree", "_schedules", "_clip", "_optimizers", "_ema", "_training", "_names"}
+CORE = {"_tree", "_schedules", "_clip", "_optimizers", "_ema", "_averages", "_training", "_names"}
 LIGHT = {"jax", "numpy", "optax"}
 # room: what it may import from this package, and from others; the rooms of a folder are one
 ROOMS = {
@@ -21,11 +21,15 @@ ROOMS = {
     "_clip": ({"_tree"}, LIGHT),
     "_optimizers": ({"_tree"}, LIGHT),
     "_ema": ({"_tree", "_schedules"}, LIGHT),
+    "_averages": ({"_tree", "_ema"}, LIGHT),
     "_training": ({"_tree"}, LIGHT),
     "_names": ({"_tree", "_ema", "_optimizers"}, LIGHT),
-    "checkpoint": ({"_tree", "_ema", "_names"}, LIGHT | {"orbax", "etils", "safetensors"}),
+    "checkpoint": (
+        {"_tree", "_ema", "_averages", "_names"},
+        LIGHT | {"orbax", "etils", "safetensors"},
+    ),
     "posthoc": ({"_tree"}, {"jax", "numpy"}),
-    "tf1": ({"_tree", "_names", "_ema"}, LIGHT | {"tensorflow"}),
+    "tf1": ({"_tree", "_names", "_ema", "_averages"}, LIGHT | {"tensorflow"}),
     "summary": ({"_names", "_ema", "_clip"}, LIGHT | {"tensorboardX"}),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
     "listing": ({"_names", "checkpoint", "tf1"}, LIGHT | {"etils"}),

@@ -19,7 +19,8 @@ import numpy as np
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
-from emaopt._ema import SwappedEmaState, averages, swap
+from emaopt._averages import averages, swap
+from emaopt._ema import SwappedEmaState
 from emaopt._tree import Tree, key_paths, leaf_names
 
 from ._digest import DIGESTS, digests

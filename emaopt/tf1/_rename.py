@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._ema import SwappedEmaState, averages
+from emaopt._averages import averages
+from emaopt._ema import SwappedEmaState
 from emaopt._names import AVERAGE, STEP, names, origin
 from emaopt._tree import Tree, did_you_mean, is_inexact
 
