@@ -48,6 +48,7 @@ from ._schedules import (
     half_life as half_life,
     inverse_gamma as inverse_gamma,
     power as power,
+    profile as profile,
     warmup as warmup,
 )
 from ._training import (

@@ -206,6 +206,24 @@ def after(start: int, decay: DecayLike) -> Decay:
     )
 
 
+def profile(decay: DecayLike, t: int) -> np.ndarray:
+    """The weights of an average after t updates: float64 [t + 1], which sum to 1.
+
+    Index 0 is the initial value, index s the value of update s: what it took, and what each later
+    update kept of that, `rate(s) * decay(s + 1) * ... * decay(t)`, from the rates that the average
+    computes with. On the host; t = 10**6 takes less than a second.
+
+    >>> profile(0.5, 3).tolist()
+    [0.125, 0.125, 0.25, 0.5]
+    """
+    check("t", t, lambda x: x >= 0 and float(x).is_integer(), "a whole number, 0 or more")
+    rate = as_decay(decay).rate
+    updates = jnp.arange(1, int(t) + 1, dtype=jnp.int32)
+    taken = np.clip(np.asarray(jax.vmap(rate)(updates), np.float64), 0, 1)
+    left = np.cumprod(np.append(1 - taken, 1)[::-1])[::-1]  # by the updates from s + 1 on
+    return np.append(1, taken) * left
+
+
 def exponential_decay(
     learning_rate: ArrayLike,
     decay_steps: ArrayLike,
