@@ -25,8 +25,8 @@ from emaopt._ema import EmaState, SwappedEmaState
 from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, average_name, names, origin, role
 from emaopt._optimizers import OptimizerState
 from emaopt._tree import Tree
-from emaopt.checkpoint import _check_leaves, _inventory
-from emaopt.checkpoint._digest import DIGESTS, _with_own_digest, digests
+from emaopt.checkpoint._digest import DIGESTS, digests, with_own_digest
+from emaopt.checkpoint._items import check_leaves, inventory
 from emaopt.checkpoint._leaf import shape
 from emaopt.checkpoint._stored import MARKER, SHADOW, STEP, KeyPath, Stored, locate, logical
 from emaopt.listing import OTHER, TF1, absolute, in_shadows, is_tf1, params_in, size
@@ -59,7 +59,7 @@ def _to_orbax(source: Path, destination: Path, averages: bool) -> None:
     for item, tree in _items(
         {n: jax.ShapeDtypeStruct(*checkpoint.stored[n]) for n in paths}, paths
     ):
-        _check_leaves(item, tree)
+        check_leaves(item, tree)
     temporary = Path(f"{destination}.tmp{os.getpid()}")
     found: dict[KeyPath, Any] = {}
     try:
@@ -72,7 +72,7 @@ def _to_orbax(source: Path, destination: Path, averages: bool) -> None:
                 bar.update(sum(sizes[name] for name in part))
         items = {path[0] for path in found}
         each = {i: [found[path] for path in sorted(found) if path[0] == i] for i in items}
-        _assemble(temporary, {item: _with_own_digest(np.asarray(each[item])) for item in items})
+        _assemble(temporary, {item: with_own_digest(np.asarray(each[item])) for item in items})
         (temporary / DIGESTS).rename(destination)
     finally:
         if temporary.exists():
@@ -94,7 +94,7 @@ def _assemble(directory: Path, found: dict[str, Any]) -> None:
     """One checkpoint of those that hold one item each. Orbax saves parts only of an only item."""
     whole = directory / DIGESTS
     items = {item: {"": np.zeros(1)} for item in found} | {DIGESTS: found}
-    ocp.save_checkpointables(whole, items, custom_metadata=_inventory(items))
+    ocp.save_checkpointables(whole, items, custom_metadata=inventory(items))
     for item in found:
         ocp.partial.finalize(directory / item)
         (whole / item).rmtree()
@@ -193,7 +193,7 @@ def _read(stored: Stored, leaves: list[_Leaf]) -> dict[str, np.ndarray]:
         like = stored.leaf(leaf.path)
         like = np.empty(like.shape, like.dtype) if hasattr(like, "dtype") else like
         wanted.setdefault(leaf.path[0], {})[leaf.path[1:]] = like
-    loaded = {item: stored._load_leaves(item, paths) for item, paths in wanted.items()}
+    loaded = {item: stored.load_leaves(item, paths) for item, paths in wanted.items()}
     values = {}
     for leaf in leaves:
         value = np.asarray(loaded[leaf.path[0]].pop(leaf.path[1:]))

@@ -26,11 +26,11 @@ from emaopt.checkpoint._stored import (
     STEP,
     KeyPath,
     Stored,
-    _average_nodes,
-    _root_of_params,
+    average_nodes,
     finished_steps,
     locate,
     logical,
+    root_of_params as find_root,
 )
 from emaopt.tf1 import inspect
 
@@ -105,7 +105,7 @@ def orbax_leaves(stored: Stored) -> list[Leaf]:
 def root_of_params(index: Index) -> KeyPath:
     """The node that the parameters are in: beside the averages, or else named `params`."""
     if shadowed := {leaf for leaf, _ in in_shadows(index).values()}:
-        return _root_of_params(index, _average_nodes(index), shadowed)
+        return find_root(index, average_nodes(index), shadowed)
     named = [p[: i + 1] for p in index for i, key in enumerate(p) if key == "params"]
     return min(named, key=len, default=("",))
 
@@ -118,7 +118,7 @@ def params_in(index: Index) -> Index:
 
 def in_shadows(index: Index) -> dict[KeyPath, tuple[KeyPath, bool]]:
     """The leaves of all shadows: each one's parameter, and whether it is swapped with that."""
-    nodes = _average_nodes(index)
+    nodes = average_nodes(index)
     return {
         path: (path[len(node) + 1 :], swapped)
         for path in index

@@ -20,21 +20,10 @@ from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
 from emaopt._averages import averages, swap
-from emaopt._ema import SwappedEmaState
 from emaopt._tree import Tree, key_paths, leaf_names
 
-from ._digest import DIGESTS, digests
-from ._stored import (
-    MARK,
-    MARKER,
-    KeyPath,
-    Stored,
-    finished_steps,
-    leaves_by_path,
-    locate,
-    logical,
-    pick,
-)
+from ._items import inventory, items_of, with_digests
+from ._stored import MARK, MARKER, KeyPath, Stored, finished_steps, locate, logical, pick
 
 
 def save(
@@ -54,8 +43,8 @@ def save(
     per leaf that loading compares. With several averages of the same parameters, `name` says which
     one. `checkpointer` is yours: its directory, its policies.
     """
-    items = _items(params, opt_state, name, digest, rest)
-    return checkpointer.save_checkpointables(step, items, custom_metadata=_inventory(items))
+    items = items_of(params, opt_state, name, digest, rest)
+    return checkpointer.save_checkpointables(step, items, custom_metadata=inventory(items))
 
 
 def save_async(
@@ -72,56 +61,8 @@ def save_async(
 
     The arrays are on their way when this returns, so donating them is safe. `result()` waits.
     """
-    items = _items(params, opt_state, name, digest, rest)
-    return checkpointer.save_checkpointables_async(step, items, custom_metadata=_inventory(items))
-
-
-def _items(params: Tree, opt_state: Tree, name: str | None, digest: bool, rest: dict) -> dict:
-    if any(isinstance(state, SwappedEmaState) for state in averages(opt_state).values()):
-        raise ValueError(
-            "opt_state is swapped already. Pass the state that training goes on with: save swaps."
-        )
-    averaged, swapped = swap(params, opt_state, name)
-    items = {"params": averaged, "opt_state": swapped} | ({"rest": rest} if rest else {})
-    for item, tree in items.items():
-        _check_leaves(item, tree)
-    return _with_digests(items) if digest else items
-
-
-def _inventory(items: dict[str, Tree]) -> dict:
-    """What a checkpoint says it holds, so that an item that is gone is missed."""
-    return {"emaopt": {"items": sorted(items)}}
-
-
-def _with_digests(items: dict[str, Tree]) -> dict[str, Tree]:
-    """The items and, for each, the digests of its leaves in the order of their sorted paths."""
-    found = {}
-    for item, tree in items.items():
-        leaves = leaves_by_path(tree)
-        found[item] = digests([leaves[path] for path in sorted(leaves)])
-    return items | {DIGESTS: found}
-
-
-def _check_leaves(item: str, tree: Tree) -> None:
-    """Raise if Orbax could not save the tree, or not read it back."""
-    seen: dict[str, KeyPath] = {}
-    for path, leaf in leaves_by_path(tree).items():
-        name = "/".join((item, *path))
-        stored = ".".join(path)  # Orbax's own joint
-        if stored in seen:
-            raise ValueError(
-                f"{name} and {'/'.join((item, *seen[stored]))} would be stored under one name. "
-                "Rename one: a '.' inside a key collides with nesting."
-            )
-        seen[stored] = path
-        if isinstance(leaf, bool):
-            raise ValueError(
-                f"{name} is a Python bool, which Orbax cannot read back. Pass np.asarray({leaf})."
-            )
-        if getattr(leaf, "size", 1) == 0:
-            raise ValueError(
-                f"{name} has no elements, which Orbax cannot save. Leave it out, or mask it: None."
-            )
+    items = items_of(params, opt_state, name, digest, rest)
+    return checkpointer.save_checkpointables_async(step, items, custom_metadata=inventory(items))
 
 
 def resume(
@@ -251,8 +192,8 @@ def export_averages(
         raise FileExistsError(f"destination={destination} exists. Remove it or pass another path.")
     averaged = stored.load_averages(stored.params_like() if like is None else like, None, False)
     if destination.suffix != ".safetensors":
-        items = _with_digests({"params": averaged})
-        ocp.save_checkpointables(destination, items, custom_metadata=_inventory(items))
+        items = with_digests({"params": averaged})
+        ocp.save_checkpointables(destination, items, custom_metadata=inventory(items))
         return
     try:
         from safetensors.numpy import save_file

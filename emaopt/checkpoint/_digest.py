@@ -28,20 +28,21 @@ def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
     each = [digest if on_device(leaf) else np.asarray(digest) for leaf, digest in found]
     places = {frozenset(leaf.sharding.device_set) for leaf in leaves if on_device(leaf)}
     if len(places) == 1:
-        return _with_own_digest(each)
-    return np.asarray(_with_own_digest([np.asarray(digest) for digest in each]))
+        return with_own_digest(each)
+    return np.asarray(with_own_digest([np.asarray(digest) for digest in each]))
 
 
 def damaged(recorded: np.ndarray, leaves: dict[int, Any]) -> list[int] | None:
     """Which of the leaves, by position, are not what was recorded; `None` if the record is not."""
-    if not np.array_equal(_with_own_digest(recorded[:-1]), recorded):
+    if not np.array_equal(with_own_digest(recorded[:-1]), recorded):
         return None
     now = np.asarray(digests(list(leaves.values())))
     return [i for i, digest in zip(leaves, now, strict=False) if digest != recorded[i]]
 
 
 @jax.jit
-def _with_own_digest(each: Any) -> jax.Array:
+def with_own_digest(each: Any) -> jax.Array:
+    """Some digests, and the digest of these."""
     each = jnp.asarray(each)
     return jnp.append(each, _digest(each))
 

@@ -116,7 +116,7 @@ class Stored:
         loaded: dict[KeyPath, Any] = {
             (item, *path): value
             for item, leaves in by_item.items()
-            for path, value in self._load_leaves(item, leaves).items()
+            for path, value in self.load_leaves(item, leaves).items()
         }
         values = [like_leaf(loaded[sources[n].path], leaf) for n, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), values)
@@ -129,8 +129,8 @@ class Stored:
         """
         index = {logical(path): path for path in self.paths()}
         nodes = self._average_nodes(index, name)
-        everywhere = _average_nodes(index)
-        root = _root_of_params(index, everywhere, set(names))
+        everywhere = average_nodes(index)
+        root = root_of_params(index, everywhere, set(names))
         sources = {}
         for leaf in names:
             holders = [node for node in nodes if (*node, SHADOW, *leaf) in index]
@@ -162,7 +162,7 @@ class Stored:
             for node in nodes
             if path[: len(node) + 1] == (*node, SHADOW)
         }
-        root = _root_of_params(index, nodes, shadowed) if nodes else ("params",)
+        root = root_of_params(index, nodes, shadowed) if nodes else ("params",)
         tree = self.trees[root[0]]
         for key in root[1:]:
             tree = tree[int(key) if isinstance(tree, (list, tuple)) else key]
@@ -191,7 +191,7 @@ class Stored:
 
     def _average_nodes(self, index: Iterable[KeyPath], name: str | None) -> list[KeyPath]:
         """The averages of that name; without one those that are swapped, or all if none is."""
-        found = _average_nodes(index)
+        found = average_nodes(index)
         swapped = [node for node, is_swapped in found.items() if is_swapped]
         nodes = swapped or list(found)
         if name is not None:
@@ -224,11 +224,11 @@ class Stored:
     def _load_item(self, item: str, like: Tree) -> Tree:
         wanted = leaves_by_path(like)
         stored = self.items[item]
-        values = self._load_leaves(item, {p: as_stored(x, stored[p]) for p, x in wanted.items()})
+        values = self.load_leaves(item, {p: as_stored(x, stored[p]) for p, x in wanted.items()})
         ordered = [like_leaf(values[path], leaf) for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), ordered)
 
-    def _load_leaves(self, item: str, wanted: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
+    def load_leaves(self, item: str, wanted: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
         """Some leaves of an item, verified; the others are not read."""
         try:
             values = self._read(item, wanted)
@@ -246,7 +246,7 @@ class Stored:
     def _verify(self, item: str, values: dict[KeyPath, Any]) -> None:
         meta = self.items[DIGESTS][(item,)]
         wanted = {(item,): np.empty(meta.shape, meta.dtype)}
-        recorded = self._load_leaves(DIGESTS, wanted)[(item,)]
+        recorded = self.load_leaves(DIGESTS, wanted)[(item,)]
         paths = sorted(self.items[item])
         order = {leaf: i for i, leaf in enumerate(paths)}
         bad = damaged(recorded, {order[leaf]: value for leaf, value in values.items()})
@@ -306,7 +306,7 @@ def _read_metadata(path: Path) -> dict[str, Tree]:
     return trees
 
 
-def _average_nodes(index: Iterable[KeyPath]) -> dict[KeyPath, bool]:
+def average_nodes(index: Iterable[KeyPath]) -> dict[KeyPath, bool]:
     """Every average, a node with a `shadow` and a `step`: its path, and whether it is swapped."""
     index = set(index)
     found = {
@@ -318,7 +318,7 @@ def _average_nodes(index: Iterable[KeyPath]) -> dict[KeyPath, bool]:
     return {node: (*node, MARKER) in index for node in sorted(found)}
 
 
-def _root_of_params(index: Iterable[KeyPath], nodes: Iterable[KeyPath], names: set) -> KeyPath:
+def root_of_params(index: Iterable[KeyPath], nodes: Iterable[KeyPath], names: set) -> KeyPath:
     """The node that the parameters are in.
 
     Of the nodes outside the averages, the one that holds most of the names and has the least of
