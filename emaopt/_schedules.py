@@ -217,9 +217,17 @@ def profile(decay: DecayLike, t: int) -> np.ndarray:
     [0.125, 0.125, 0.25, 0.5]
     """
     check("t", t, lambda x: x >= 0 and float(x).is_integer(), "a whole number, 0 or more")
-    rate = as_decay(decay).rate
-    updates = jnp.arange(1, int(t) + 1, dtype=jnp.int32)
-    taken = np.clip(np.asarray(jax.vmap(rate)(updates), np.float64), 0, 1)
+    return shares(rates(decay, int(t)))
+
+
+def rates(decay: DecayLike, t: int) -> np.ndarray:
+    """What each of the updates 1, ..., t takes from its value: float64 [t]."""
+    updates = jnp.arange(1, t + 1, dtype=jnp.int32)
+    return np.clip(np.asarray(jax.vmap(as_decay(decay).rate)(updates), np.float64), 0, 1)
+
+
+def shares(taken: np.ndarray) -> np.ndarray:
+    """After updates that took so much, the weights: of what was before, and of each update."""
     left = np.cumprod(np.append(1 - taken, 1)[::-1])[::-1]  # by the updates from s + 1 on
     return np.append(1, taken) * left
 
