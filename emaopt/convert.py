@@ -26,10 +26,11 @@ from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, average_name, names, ori
 from emaopt._optimizers import OptimizerState
 from emaopt._tree import Tree
 from emaopt.checkpoint._digest import DIGESTS, digests, with_own_digest
+from emaopt.checkpoint._index import MARKER, SHADOW, STEP, KeyPath, in_shadows, params_in
 from emaopt.checkpoint._items import check_leaves, inventory
 from emaopt.checkpoint._leaf import shape
-from emaopt.checkpoint._stored import MARKER, SHADOW, STEP, KeyPath, Stored, locate, logical
-from emaopt.listing import OTHER, TF1, absolute, in_shadows, is_tf1, params_in, size
+from emaopt.checkpoint._stored import Stored, locate
+from emaopt.listing import OTHER, TF1, absolute, is_tf1, size
 from emaopt.tf1 import _cast, _Checkpoint, _first_line, _note_newest, _session, _tensorflow, _write
 
 
@@ -204,7 +205,7 @@ def _read(stored: Stored, leaves: list[_Leaf]) -> dict[str, np.ndarray]:
 
 def _averages(stored: Stored) -> dict[str, tuple[KeyPath, np.dtype]]:
     """The average of each parameter, or itself where it has none, under its name."""
-    params = params_in({logical(path): path for path in stored.paths()})
+    params = params_in(stored.index())
     sources = stored.averages(list(params), None)
     return {"/".join(name): (s.path, _dtype(s.param)) for name, s in sources.items()}
 
@@ -227,7 +228,7 @@ def _as_in_tf1(stored: Stored) -> dict[str, tuple[KeyPath, np.dtype]]:
 
 def _variables(stored: Stored) -> dict[str, tuple[KeyPath, np.dtype]]:
     """All leaves by their names in TF1; averages and parameters where they were before a swap."""
-    index = {logical(path): path for path in stored.paths()}
+    index = stored.index()
     swapped = {index[path] for path, (_, is_swapped) in in_shadows(index).items() if is_swapped}
     params = params_in(index)
     found = {"/".join(name): path for name, path in params.items()}

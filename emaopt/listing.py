@@ -18,24 +18,19 @@ from etils.epath import Path
 
 from emaopt._names import role
 from emaopt.checkpoint._digest import DIGESTS
-from emaopt.checkpoint._leaf import shape
-from emaopt.checkpoint._stored import (
-    MARK,
+from emaopt.checkpoint._index import (
     MARKER,
-    SHADOW,
     STEP,
+    Index,
     KeyPath,
-    Stored,
-    average_nodes,
-    finished_steps,
-    locate,
-    logical,
-    root_of_params as find_root,
+    in_shadows,
+    params_in,
+    root_of_params,
 )
-from emaopt.tf1 import inspect
+from emaopt.checkpoint._leaf import shape
+from emaopt.checkpoint._stored import MARK, Stored, finished_steps, locate
 
 
-Index = dict[KeyPath, KeyPath]  # from paths without NNX's `value` to those on disk
 TF1, OTHER = "tf1", "other"  # the item, and the dict in it, of what Orbax has no place for
 
 
@@ -87,12 +82,14 @@ def is_tf1(path: Path) -> bool:
 
 def tf1_leaves(path: Path) -> list[Leaf]:
     """The variables of a checkpoint of TF1, by name."""
+    from emaopt.tf1 import inspect  # for Orbax, TensorFlow need not be there
+
     return [Leaf(v.name, v.shape, v.dtype, v.role, size(v.shape, v.dtype)) for v in inspect(path)]
 
 
 def orbax_leaves(stored: Stored) -> list[Leaf]:
     """The leaves of a checkpoint of Orbax, by name."""
-    roles = _roles({logical(path): path for path in stored.paths()})
+    roles = _roles(stored.index())
     rows = []
     for path, what in roles.items():
         leaf = stored.leaf(path)
@@ -100,31 +97,6 @@ def orbax_leaves(stored: Stored) -> list[Leaf]:
         name = "/".join(filter(None, path))
         rows.append(Leaf(name, tuple(shape(leaf)), dtype, what, size(shape(leaf), dtype)))
     return sorted(rows)
-
-
-def root_of_params(index: Index) -> KeyPath:
-    """The node that the parameters are in: beside the averages, or else named `params`."""
-    if shadowed := {leaf for leaf, _ in in_shadows(index).values()}:
-        return find_root(index, average_nodes(index), shadowed)
-    named = [p[: i + 1] for p in index for i, key in enumerate(p) if key == "params"]
-    return min(named, key=len, default=("",))
-
-
-def params_in(index: Index) -> Index:
-    """The parameters: from each one's name to its path on disk."""
-    root = root_of_params(index)
-    return {path[len(root) :]: at for path, at in index.items() if path[: len(root)] == root}
-
-
-def in_shadows(index: Index) -> dict[KeyPath, tuple[KeyPath, bool]]:
-    """The leaves of all shadows: each one's parameter, and whether it is swapped with that."""
-    nodes = average_nodes(index)
-    return {
-        path: (path[len(node) + 1 :], swapped)
-        for path in index
-        for node, swapped in nodes.items()
-        if path[: len(node) + 1] == (*node, SHADOW)
-    }
 
 
 def _roles(index: Index) -> dict[KeyPath, str]:

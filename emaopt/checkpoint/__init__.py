@@ -22,8 +22,9 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._averages import averages, swap
 from emaopt._tree import Tree, key_paths, leaf_names
 
+from ._index import MARKER, KeyPath, logical
 from ._items import inventory, items_of, with_digests
-from ._stored import MARK, MARKER, KeyPath, Stored, finished_steps, locate, logical, pick
+from ._stored import MARK, Stored, finished_steps, locate, pick
 
 
 def save(

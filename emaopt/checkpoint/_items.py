@@ -7,7 +7,8 @@ from emaopt._ema import SwappedEmaState
 from emaopt._tree import Tree
 
 from ._digest import DIGESTS, digests
-from ._stored import KeyPath, leaves_by_path
+from ._index import KeyPath
+from ._stored import leaves_by_path
 
 
 def items_of(

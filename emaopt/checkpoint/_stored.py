@@ -7,7 +7,6 @@ Everything is found in the checkpoint's own metadata. A leaf is one path, the it
 import difflib
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -19,11 +18,10 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._tree import Tree, describe, key_paths
 
 from ._digest import DIGESTS, damaged
+from ._index import SHADOW, Index, KeyPath, average_nodes, logical, root_for, root_of_params
 from ._leaf import as_stored, like_leaf, same_kind, shape
 
 
-KeyPath = tuple[str, ...]
-SHADOW, STEP, MARKER = "shadow", "step", "emaopt_swapped"
 MARK = "_CHECKPOINT_METADATA"  # of a finished checkpoint
 
 
@@ -127,10 +125,10 @@ class Stored:
         In the shadow, or where the parameters are if the average was swapped with them; a leaf
         that has no average is the parameter.
         """
-        index = {logical(path): path for path in self.paths()}
+        index = self.index()
         nodes = self._average_nodes(index, name)
         everywhere = average_nodes(index)
-        root = root_of_params(index, everywhere, set(names))
+        root = root_for(index, everywhere, set(names))
         sources = {}
         for leaf in names:
             holders = [node for node in nodes if (*node, SHADOW, *leaf) in index]
@@ -154,15 +152,9 @@ class Stored:
 
     def params_like(self) -> Tree:
         """The parameters, on the host: what `like` is when nobody gives it."""
-        index = {logical(path): path for path in self.paths()}
-        nodes = self._average_nodes(index, None)
-        shadowed = {
-            path[len(node) + 1 :]
-            for path in index
-            for node in nodes
-            if path[: len(node) + 1] == (*node, SHADOW)
-        }
-        root = root_of_params(index, nodes, shadowed) if nodes else ("params",)
+        index = self.index()
+        self._average_nodes(index, None)  # there must be one
+        root = root_of_params(index)
         tree = self.trees[root[0]]
         for key in root[1:]:
             tree = tree[int(key) if isinstance(tree, (list, tuple)) else key]
@@ -175,6 +167,10 @@ class Stored:
     def paths(self) -> list[KeyPath]:
         """Every leaf of the checkpoint."""
         return [(item, *path) for item, leaves in self.items.items() for path in leaves]
+
+    def index(self) -> Index:
+        """Every leaf, where it is without NNX's `value` and where it is on disk."""
+        return {logical(path): path for path in self.paths()}
 
     def leaf(self, path: KeyPath) -> Any:
         """What the metadata says of a leaf."""
@@ -283,11 +279,6 @@ def leaves_by_path(tree: Tree) -> dict[KeyPath, Any]:
     return dict(zip(key_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
-def logical(path: KeyPath) -> KeyPath:
-    """A key path without the `value` that NNX puts at the end of it."""
-    return path[:-1] if path[-1:] == ("value",) else path
-
-
 def _read_metadata(path: Path) -> dict[str, Tree]:
     if not (path / MARK).exists() or (path / "_METADATA").exists():
         return {"": ocp.metadata(path, checkpointable_name=None).metadata}
@@ -304,39 +295,6 @@ def _read_metadata(path: Path) -> dict[str, Tree]:
                 ocp.load(path, checkpointable_name=item)  # raises why
             raise ValueError(f"Orbax cannot read the item {item}.")
     return trees
-
-
-def average_nodes(index: Iterable[KeyPath]) -> dict[KeyPath, bool]:
-    """Every average, a node with a `shadow` and a `step`: its path, and whether it is swapped."""
-    index = set(index)
-    found = {
-        path[:i]
-        for path in index
-        for i, key in enumerate(path)
-        if key == SHADOW and (*path[:i], STEP) in index
-    }
-    return {node: (*node, MARKER) in index for node in sorted(found)}
-
-
-def root_of_params(index: Iterable[KeyPath], nodes: Iterable[KeyPath], names: set) -> KeyPath:
-    """The node that the parameters are in.
-
-    Of the nodes outside the averages, the one that holds most of the names and has the least of
-    its path in common with an average: beside the optimizer's state, not in it.
-    """
-    held = Counter(path[:i] for path in index for i in range(1, len(path)) if path[i:] in names)
-    outside = [root for root in held if not any(root[: len(node)] == node for node in nodes)]
-
-    def rank(root: KeyPath):
-        return -held[root], max((_shared(root, node) for node in nodes), default=0), len(root), root
-
-    return min(outside, key=rank, default=("",))
-
-
-def _shared(a: KeyPath, b: KeyPath) -> int:
-    """The length of the common start."""
-    same = [x == y for x, y in zip(a, b, strict=False)]
-    return (*same, False).index(False)
 
 
 def _cause(error: BaseException) -> str:
