@@ -1,0 +1,157 @@
+"""Batch statistics for averaged parameters.
+
+The statistics that a batch normalization gathers in training are those of the raw parameters. For
+averaged ones there are three policies. *Copy* the newest: nothing to do. *Average* them as well:
+`moving_average(decay)` of the tree of statistics. *Recalibrate*: measure them again, with the
+averaged parameters.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._ema import moving_average
+from ._schedules import power
+from ._tree import Tree, check_shape, is_concrete, is_inexact, is_none, leaf_names, wide
+
+
+_mean = moving_average(power(0))
+_update = jax.jit(_mean.update)
+_NOTHING = object()
+_FAR = 2.0**40  # beside it a batch's own is lost in rounding; its product with a momentum is exact
+
+
+def recalibrate(
+    forward: Callable[[Tree, Any], Tree], statistics: Tree, batches: Iterable[Any]
+) -> Tree:
+    """Batch statistics measured again: the mean, over the batches, of each batch's own.
+
+    `forward(statistics, batch) -> new statistics` is the forward pass in training mode, with the
+    averaged parameters; jit it. It may donate its statistics. A batch is anything that it takes.
+    `statistics`: as training left them, a pytree of float32 or wider; only frozen layers depend on
+    their values. All batches count the same: drop a smaller last one.
+
+    The layer's momentum does not matter. A new statistic is `momentum * old + (1 - momentum) * own`
+    and three passes over the first batch, each from other old ones, tell the momentum. Every other
+    batch is passed once. Frozen statistics are kept; integers, booleans and keys are what `forward`
+    makes of them. What else `forward` does to a leaf is refused.
+
+    The mean, as in PyTorch's `update_bn`, is of the variances within the batches.
+    Izmailov et al., arXiv:1803.05407.
+
+    >>> forward = lambda old, x: {"mean": 0.5 * old["mean"] + 0.5 * jnp.mean(x)}
+    >>> batches = [jnp.array([1.0, 3.0]), jnp.array([4.0, 8.0])]
+    >>> recalibrate(forward, {"mean": jnp.array(7.0)}, batches)
+    {'mean': Array(4., dtype=float32)}
+    """
+    leaves, treedef = jax.tree.flatten(statistics, is_leaf=is_none)
+    leaves = [x if x is None else jnp.asarray(x) for x in leaves]
+    names = leaf_names(statistics)
+    moving = [i for i, x in enumerate(leaves) if x is not None and is_inexact(x)]
+    _check_dtypes({names[i]: leaves[i] for i in moving})
+    batches = iter(batches)
+    first = next(batches, _NOTHING)
+    if first is _NOTHING:
+        raise ValueError("batches is empty. Pass the batches to measure the statistics on.")
+
+    def run(batch, value: float) -> list:
+        """The leaves of the new statistics where the old ones that move are all one value."""
+        old = [x if x is None else jnp.copy(x) for x in leaves]  # forward may donate them
+        for i in moving:
+            old[i] = jnp.full_like(leaves[i], value)
+        new = forward(treedef.unflatten(old), batch)
+        return _leaves_like(new, names, leaves)
+
+    while True:
+        at_zero, at_far = run(first, 0.0), run(first, _FAR)
+        moved = [i for i in moving if not _is_kept(at_zero[i], at_far[i])]
+        if not moved:
+            raise ValueError(
+                "forward changes no floating-point leaf of statistics. Run the model in training "
+                "mode (use_running_average=False) and return what it makes of its statistics."
+            )
+        if moved == moving:
+            break
+        moving = moved  # once more: what is frozen is used as it is
+
+    at_one = run(first, 1.0)
+    share = {i: 1 - jnp.real(at_far[i] - at_zero[i]) / _FAR for i in moving}
+    for i in moving:
+        _check_average(names[i], share[i], at_zero[i], at_one[i])
+
+    new = at_zero
+    state = _mean.init([new[i] for i in moving])
+    state = _update([new[i] for i in moving], state)
+    for batch in batches:
+        new = run(batch, 0.0)
+        state = _update([new[i] for i in moving], state)
+
+    result = [
+        jnp.copy(x) if x is not None and is_inexact(x) else y
+        for x, y in zip(leaves, new, strict=True)
+    ]
+    for i, mean in zip(moving, state.shadow, strict=True):
+        _check_finite(names[i], mean)
+        result[i] = (mean / share[i].astype(mean.dtype)).astype(leaves[i].dtype)
+    return treedef.unflatten(result)
+
+
+def _is_kept(at_zero, at_far) -> bool:
+    return bool(jnp.all(at_zero == 0) & jnp.all(at_far == _FAR))
+
+
+def _leaves_like(new: Tree, names: list[str], leaves: list) -> list:
+    found = leaf_names(new)
+    if found != names:
+        raise ValueError(
+            f"forward returns the leaves {', '.join(found) or 'of nothing'} where statistics has "
+            f"{', '.join(names)}. Return the new statistics alone, in the structure of statistics."
+        )
+    new_leaves = jax.tree.leaves(new, is_leaf=is_none)
+    for name, x, y in zip(names, leaves, new_leaves, strict=True):
+        if x is not None:
+            check_shape(name, statistics=x, **{"forward(statistics, batch)": y})
+        if not is_concrete(y):
+            raise ValueError(
+                "forward returns traced values, and recalibrate has to look at them. Call it "
+                "outside of jit, with a jitted forward."
+            )
+    return new_leaves
+
+
+def _check_dtypes(leaves: dict[str, Any]) -> None:
+    if not leaves:
+        raise ValueError(
+            "statistics has no floating-point leaf, so there is nothing to measure. Pass the "
+            'statistics of the model: variables["batch_stats"], nnx.state(model, nnx.BatchStat).'
+        )
+    for name, x in leaves.items():
+        if wide(x.dtype) != x.dtype:
+            raise ValueError(
+                f"statistics is {x.dtype} at leaf {name!r}, where a momentum near 1 cannot be told "
+                "from 1. Keep running averages in float32."
+            )
+
+
+def _check_average(name: str, share, at_zero, at_one) -> None:
+    """Raise unless new = (1 - share) * old + share * own, and share is one of an average."""
+    _check_finite(name, at_zero)
+    eps = float(jnp.finfo(at_zero.dtype).eps)
+    off = jnp.abs(at_one - at_zero - (1 - share))
+    straight = off <= eps**0.5 * jnp.max(jnp.abs(at_zero), initial=0.0) + 8 * eps
+    if not jnp.all((share > 0) & (share <= 1) & straight):
+        raise ValueError(
+            f"statistics is no running average at leaf {name!r}: forward does not make momentum * "
+            "old + (1 - momentum) * own of it, the same for each old value. Leave counters, sums "
+            "and what the forward pass itself depends on out of statistics."
+        )
+
+
+def _check_finite(name: str, x) -> None:
+    if not jnp.all(jnp.isfinite(x)):
+        raise ValueError(
+            f"forward makes statistics that are not finite at leaf {name!r}. Look for NaN and "
+            "infinity in batches and in the averaged parameters."
+        )
