@@ -1,0 +1,215 @@
+"""The averaging length, chosen after training: new averages from snapshots of others.
+
+An average is a sum of all past parameters with weights that its decay alone decides: its *profile*
+(`emaopt.profile`). A sum of snapshots of averages therefore has a known profile too, and least
+squares makes that the profile of an average that was never computed. `weights` gives the factors,
+`residual` how well they fit, before a single parameter is read; `synthesize` adds up. Karras et
+al., arXiv:2312.02696, for power averages; here for any decay and any target.
+
+    weights = posthoc.weights(steps, gammas, at=steps[-1], target=posthoc.gamma(0.15))
+    params = posthoc.synthesize(snapshots, weights)
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from emaopt._tree import Tree, check
+
+from ._fit import Average, fit
+from ._sum import Sum
+
+
+THRESHOLD = 0.15
+
+
+def gamma(sigma_rel: float) -> float:
+    """The exponent of the power average whose profile has this relative standard deviation.
+
+    The root of `sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3))`, for sigma_rel above 0
+    and at most 1/sqrt(12), the plain mean's. Karras et al., arXiv:2312.02696.
+
+    >>> round(gamma(0.05), 4), round(gamma(0.10), 4)
+    (16.9722, 6.9372)
+    """
+    bound = 12**-0.5
+    fine = lambda s: (s > 0) & (s <= bound * (1 + 1e-15))
+    check("sigma_rel", sigma_rel, fine, f"a number above 0, at most 1/sqrt(12) = {bound:.4f}")
+    s, v = float(sigma_rel), 1.0
+    # with v = sigma_rel * (gamma + 2), v**3 + s*v**2 - v + s = 0; Newton from above the top root
+    while (lower := v - (v**3 + s * v**2 - v + s) / (3 * v**2 + 2 * s * v - 1)) < v:
+        v = lower
+    return max(v / s - 2, 0.0)
+
+
+def sigma_rel(gamma: float) -> float:
+    """The relative standard deviation of the profile of a power average.
+
+    `sqrt((gamma + 1) / ((gamma + 2)**2 * (gamma + 3)))`: the width of its weights, as a share of
+    the training so far. Karras et al., arXiv:2312.02696.
+
+    >>> round(18 * sigma_rel(1) ** 2, 12)
+    1.0
+    """
+    check("gamma", gamma, lambda g: (g > -1) & (g < math.inf), "a number above -1")
+    g = float(gamma)
+    return math.sqrt((g + 1) / (g + 3)) / (g + 2)
+
+
+def anneal(factors: ArrayLike, at: int, every: int = 1) -> np.ndarray:
+    """The target that stands for a learning rate brought down: float64 [at + 1].
+
+    `factors` [k]: by what the learning rate would have been multiplied at the update that follows
+    step `at - k * every`, and `every` updates later, and so on, linear between them and 0 in the
+    end; from 1 or less, and never rising. An update whose step was multiplied by f is in a share f
+    of the parameters that are averaged, so each of the `every` updates between two factors has the
+    weight `(factor - next factor) / every`. Tian et al., WSM, arXiv:2507.17634.
+
+    >>> anneal([0.75, 0.25], at=3).tolist()
+    [0.0, 0.25, 0.5, 0.25]
+    """
+    whole = np.concatenate([[1.0], np.asarray(factors, np.float64).ravel(), [0.0]])
+    first, *falls = whole[:-1] - whole[1:]
+    if min(first, *falls) < 0:
+        raise ValueError(f"factors={factors} rises. Pass numbers from 1 or less to 0 or more.")
+    each = np.repeat(np.array(falls) / every, _count("every", every))
+    fits = lambda t: (t >= len(each)) & (t % 1 == 0)
+    check("at", at, fits, f"a whole number of updates, {len(each)} or more")
+    return np.concatenate([np.zeros(int(at) - len(each)), [first], each])
+
+
+def window(n: int, at: int) -> np.ndarray:
+    """The target that is the mean of the last n updates, as SWA's: float64 [at + 1].
+
+    It is also a learning rate that falls linearly over them, `anneal(1 - arange(n) / n, at)`. From
+    cumulative means (gamma 0) at `at` and at `at - n` it comes out exact.
+
+    >>> window(2, at=3).tolist()
+    [0.0, 0.0, 0.5, 0.5]
+    """
+    return anneal([1.0], at, _count("n", n))
+
+
+def one_minus_sqrt(n: int, at: int, every: int = 1) -> np.ndarray:
+    """The target that is a 1-sqrt cooldown over the last n updates: float64 [at + 1].
+
+    `anneal(1 - sqrt(arange(0, n, every) / n), at, every)`. The first update alone has the weight
+    `sqrt(1 / n)`, which no average of long memory has; with the spacing of the snapshots for
+    `every`, it is within reach. Hägele et al., arXiv:2405.18392.
+
+    >>> one_minus_sqrt(4, at=4).round(4).tolist()
+    [0.0, 0.5, 0.2071, 0.1589, 0.134]
+    >>> one_minus_sqrt(4, at=4, every=2).round(4).tolist()
+    [0.0, 0.3536, 0.3536, 0.1464, 0.1464]
+    """
+    fits = lambda e: (e >= 1) & (_count("n", n) % e == 0)
+    check("every", every, fits, f"a divisor of n={n}")
+    return anneal(1 - np.sqrt(np.arange(0, n, every) / n), at, every)
+
+
+def weights(
+    steps: ArrayLike,
+    gammas: Average | Sequence[Average],
+    *,
+    at: int,
+    target: Average | np.ndarray,
+    normalize: bool = True,
+    threshold: float = THRESHOLD,
+) -> np.ndarray:
+    """The factors with which snapshots add up to another average: float64 [snapshots].
+
+    `steps`: the updates after which snapshots were taken. `gammas`: the averages that each of them
+    holds, as gammas of power averages or as decays `t -> decay` (`emaopt.half_life(1000)`). The
+    factors are in the order of the steps, and for each step in the order of `gammas`. If either
+    has repeats, both are of one length, a step and an average for each snapshot.
+
+    `target`, after `at` updates: a gamma, a decay, or the weights of the initial parameters and of
+    each update, [at + 1] (`window`, `one_minus_sqrt`, `anneal`).
+
+    Least squares between profiles: where all are gammas, between the functions
+    `(gamma + 1) * t**gamma / at**(gamma + 1)`, otherwise between the exact weights of each update.
+    `normalize`: the factors are divided by their sum. In float64 by QR, which keeps the digits that
+    a Gram matrix loses. Exact weights take (averages + 1) * 8 bytes per update, however many
+    snapshots there are: for 10**6 updates a second.
+
+    A `residual` above `threshold` is an error. Noise that is independent from update to update
+    stays in the sum with 1 + residual**2 times the variance that it has in the target: at 0.15, 2 %
+    more. From averages of sigma_rel 0.05 and 0.10, four snapshots are enough for 0.033 to 0.167,
+    and 64 for 0.008 to the plain mean.
+
+    >>> exact = weights([2, 4], [0.0], at=4, target=window(2, at=4))  # (4 * m_4 - 2 * m_2) / 2
+    >>> exact.round(12).tolist()
+    [-1.0, 2.0]
+    """
+    factors, error = fit(steps, gammas, at, target, normalize)
+    if not error <= threshold:
+        raise ValueError(
+            f"target is out of reach: residual {error:.3g} is above threshold={threshold:g}. "
+            "Record more snapshots or a second average; pass a target between the averages "
+            "recorded, or at= the step of a snapshot."
+        )
+    return factors
+
+
+def residual(
+    steps: ArrayLike,
+    gammas: Average | Sequence[Average],
+    *,
+    at: int,
+    target: Average | np.ndarray,
+    normalize: bool = True,
+) -> float:
+    """How far the profile of the sum is from the target's: the L2 norm, relative to the target's.
+
+    The arguments are those of `weights`. 0 is exact; no parameter is looked at.
+
+    >>> last = window(1, at=4)  # the mean of four has a quarter of it, and three more
+    >>> round(residual([4], [0.0], at=4, target=last) ** 2, 12)
+    0.75
+    """
+    return fit(steps, gammas, at, target, normalize)[1]
+
+
+def synthesize(snapshots: Iterable[Tree], weights: ArrayLike) -> Tree:
+    """The sum of snapshots times weights: like the first snapshot, in its dtypes and shardings.
+
+    `snapshots`: any iterable of trees, read once and in order; the next is asked for when the last
+    is let go, so a generator that loads from disk needs memory for one. The sum is in float64 on
+    the host, twice the bytes of float32 parameters; of a sharded array each process adds up its own
+    shards, and nothing is gathered. Leaves that are not averaged (integers, booleans, keys) are
+    those of the last snapshot with a weight other than 0.
+
+    >>> synthesize([{"w": np.float32([1.0])}, {"w": np.float32([4.0])}], [-1.0, 2.0])
+    {'w': array([7.], dtype=float32)}
+    """
+    factors = np.asarray(weights, np.float64)
+    if factors.ndim != 1 or not np.isfinite(factors).all() or not factors.any():
+        raise ValueError(
+            f"weights={factors} is no list of finite numbers, or all are 0. Pass what "
+            "posthoc.weights returns."
+        )
+    iterator, end, total = iter(snapshots), object(), None
+    for i, factor in enumerate(factors.tolist()):
+        snapshot = next(iterator, end)
+        if snapshot is end:
+            raise ValueError(_unequal(f"ends after {i} trees", factors))
+        total = total or Sum(snapshot)
+        total.add(f"snapshots[{i}]", snapshot, factor)
+        del snapshot  # before the next one is made
+    if total is None or next(iterator, end) is not end:
+        raise ValueError(_unequal("goes on", factors))
+    return total.tree()
+
+
+def _count(name: str, n: int) -> int:
+    check(name, n, lambda n: (n >= 1) & (n % 1 == 0), "a whole number of updates, 1 or more")
+    return int(n)
+
+
+def _unequal(what: str, factors: np.ndarray) -> str:
+    return (
+        f"snapshots {what}, and weights has {len(factors)} factors. Pass one tree per factor: for "
+        "each step all of its averages, in the order of gammas."
+    )

@@ -1,0 +1,77 @@
+"""A sum of trees in float64, leaf by leaf and shard by shard."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from emaopt._tree import Tree, check_shape, is_inexact, is_none, leaf_names, zip_leaves
+
+
+FIRST = "the first snapshot"
+
+
+class Sum:
+    """A sum of trees that are like the first one."""
+
+    def __init__(self, first: Tree):
+        leaves, treedef = jax.tree.flatten(first, is_leaf=is_none)
+        abstract = lambda x: None if x is None else jax.ShapeDtypeStruct(np.shape(x), _dtype(x))
+        self.like = treedef.unflatten(map(abstract, leaves))
+        self.shardings = [x.sharding if isinstance(x, jax.Array) else None for x in leaves]
+        self.sums: list[Any] = [{} for _ in leaves]
+
+    def add(self, name: str, tree: Tree, factor: float) -> None:
+        """Add a tree times a factor; with 0, only its structure is looked at."""
+        rows, _ = zip_leaves(**{FIRST: self.like, name: tree})
+        for j, (leaf, (like, x)) in enumerate(zip(leaf_names(self.like), rows, strict=True)):
+            if like is not None:
+                check_shape(leaf, **{FIRST: like, name: x})
+            elif x is not None:
+                check_shape(leaf, **{name: x, FIRST: like})
+            if factor == 0:
+                continue
+            if like is None or not is_inexact(like):
+                self.sums[j] = x
+                continue
+            for place, piece in _pieces(x, self.shardings[j]).items():
+                term = np.array(piece, np.result_type(like.dtype, np.float64))
+                if not np.isfinite(term).all():
+                    raise ValueError(
+                        f"{name} is not finite at leaf {leaf!r}. Leave that step out of the "
+                        "snapshots and of the steps given to posthoc.weights."
+                    )
+                term *= factor
+                if place in self.sums[j]:
+                    term += self.sums[j][place]
+                self.sums[j][place] = term
+
+    def tree(self) -> Tree:
+        """The sum, in the dtypes and shardings of the first tree. Nothing is left of it here."""
+        likes, treedef = jax.tree.flatten(self.like, is_leaf=is_none)
+        leaves = []
+        for like, sharding in zip(likes, self.shardings, strict=True):
+            total = self.sums.pop(0)
+            summed = like is not None and is_inexact(like)
+            leaves.append(_rounded(total, like, sharding) if summed else total)
+        return treedef.unflatten(leaves)
+
+
+def _pieces(x: Any, sharding: Any) -> dict[str | None, Any]:
+    """A leaf, or its shards that are in this process, by place; no copies."""
+    if sharding is None:
+        return {None: x}
+    if not isinstance(x, jax.Array) or x.sharding != sharding:
+        x = jax.device_put(x, sharding)
+    return {str(shard.index): shard.data for shard in x.addressable_shards}
+
+
+def _rounded(total: dict[str | None, np.ndarray], like: Any, sharding: Any) -> Any:
+    rounded = {place: x.astype(like.dtype) for place, x in total.items()}
+    if sharding is None:
+        return rounded[None]
+    return jax.make_array_from_callback(like.shape, sharding, lambda at: rounded[str(at)])
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
