@@ -5,7 +5,12 @@ See the README; each name says where it comes from.
 
 import importlib.metadata
 
-from ._averages import average as average, averages as averages, swap as swap
+from ._averages import (
+    average as average,
+    averages as averages,
+    describe as describe,
+    swap as swap,
+)
 from ._clip import (
     clip_by_average_norm as clip_by_average_norm,
     clip_by_global_norm as clip_by_global_norm,
@@ -20,6 +25,8 @@ from ._ema import (
     ema as ema,
     moving_average as moving_average,
 )
+from ._healing import HealState as HealState, heal as heal
+from ._ledger import Ledger as Ledger
 from ._names import (
     average_name as average_name,
     global_step as global_step,
@@ -39,6 +46,7 @@ from ._optimizers import (
     momentum as momentum,
     rmsprop as rmsprop,
 )
+from ._rounding import compensated as compensated, stochastic as stochastic
 from ._schedules import (
     Decay as Decay,
     after as after,
@@ -51,6 +59,7 @@ from ._schedules import (
     profile as profile,
     warmup as warmup,
 )
+from ._statistics import recalibrate as recalibrate
 from ._training import (
     apply_gradients as apply_gradients,
     compute_gradients as compute_gradients,

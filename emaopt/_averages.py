@@ -1,10 +1,8 @@
 """The averages in a state, whatever optax wrapped around them.
 
 `averages` finds them by name, `average` is what to evaluate with, `swap` exchanges them with the
-parameters. Leaves are matched by key path.
+parameters, `describe` says how long they are. Leaves are matched by key path.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from ._tree import (
     key_name,
     leaf_names,
     leaf_paths,
+    wide,
 )
 
 
@@ -38,14 +37,18 @@ def average(params: Tree, opt_state: Tree, name: str | None = None) -> Tree:
             "opt_state is swapped: the averages are in params. Evaluate params, or call "
             "params, opt_state = emaopt.swap(params, opt_state) first."
         )
-    shadows = _shadow_of_each_leaf(params, opt_state, name)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
-    return treedef.unflatten(
-        [
-            p if s is None else s.astype(jnp.result_type(p))
-            for p, s in zip(leaves, shadows, strict=True)
-        ]
-    )
+    stored = _stored_of_each_leaf(params, opt_state, name)
+    return treedef.unflatten(map(_value, leaves, *zip(*stored, strict=True)))
+
+
+def _value(p, shadow, residue):
+    if shadow is None:
+        return p
+    if residue is not None:
+        dtype = wide(shadow.dtype)
+        shadow = shadow.astype(dtype) + residue.astype(dtype)
+    return shadow.astype(jnp.result_type(p))
 
 
 def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, Tree]:
@@ -63,10 +66,10 @@ def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, 
     >>> averages_, swapped.shadow
     (Array([1.], dtype=float32), Array([3.], dtype=float32))
     """
-    shadows = _shadow_of_each_leaf(params, opt_state, name)
+    stored = _stored_of_each_leaf(params, opt_state, name)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
     exchanged = treedef.unflatten(
-        [p if s is None else s for p, s in zip(leaves, shadows, strict=True)]
+        [p if s is None else s for p, (s, _) in zip(leaves, stored, strict=True)]
     )
     by_path = dict(zip(leaf_paths(params), leaves, strict=True))
     chosen = _choose(opt_state, name)
@@ -76,9 +79,10 @@ def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, 
         paths = leaf_paths(state.shadow)
         new = [s if s is None else by_path[k] for k, s in zip(paths, shadow_leaves, strict=True)]
         shadow = shadow_def.unflatten(new)
+        rest = state.residue, state.ledger
         if isinstance(state, SwappedEmaState):
-            return EmaState(state.step, shadow)
-        return SwappedEmaState(state.step, shadow, np.ones((), np.int8))
+            return EmaState(state.step, shadow, *rest)
+        return SwappedEmaState(state.step, shadow, np.ones((), np.int8), *rest)
 
     return exchanged, jax.tree.map(
         lambda node: exchange(node) if any(node is state for state in chosen.values()) else node,
@@ -114,6 +118,39 @@ def averages(opt_state: Tree) -> dict[str, EmaState]:
     }
 
 
+def describe(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
+    """What is known of every average that keeps a ledger, by name: numbers, float32 [].
+
+    `initial_weight`: what the initial parameters still count, of 1. `mean_age`: how many updates
+    old the average is in the mean. `effective_window`: 1 / (the sum of the squares of the weights);
+    the plain mean of n values has n. `stalled`: the share of elements that the newest value should
+    have moved, and rounding held where they were.
+
+    For metrics inside a step, or of what a checkpoint holds; exact for any decay and any
+    `num_updates`. For all weights of a decay, see `profile`.
+
+    >>> import emaopt
+    >>> mean = emaopt.moving_average(0.5, ledger=True)
+    >>> state = mean.update(jnp.array([8.0]), mean.init(jnp.array([0.0])))
+    >>> {name: float(x) for name, x in describe(state)["ema"].items()}
+    {'initial_weight': 0.5, 'mean_age': 0.5, 'effective_window': 2.0, 'stalled': 0.0}
+    """
+    found = {name: s.ledger for name, s in averages(opt_state).items() if s.ledger is not None}
+    if not found:
+        raise ValueError(
+            "opt_state holds no ledger. Make the average with emaopt.ema(decay, ledger=True)."
+        )
+    return {
+        name: {
+            "initial_weight": ledger.initial,
+            "mean_age": ledger.age,
+            "effective_window": 1 / ledger.square,
+            "stalled": ledger.stalled,
+        }
+        for name, ledger in found.items()
+    }
+
+
 def _is_ema(node) -> bool:
     return isinstance(node, (EmaState, SwappedEmaState))
 
@@ -136,35 +173,39 @@ def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
     return {name: found[name]}
 
 
-def _shadow_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> list:
-    """The shadow of every leaf of `params`, `None` where it has none; matched by key path.
+def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> list[tuple]:
+    """Shadow and residue of every leaf of `params`, `None` where it has none; by key path.
 
     Averages of different leaves (`optax.partition`) make up one; two of one leaf need a name.
     """
     chosen = _choose(opt_state, name)
-    shadows: dict[tuple[str, ...], Any] = {}
+    stored: dict[tuple[str, ...], tuple] = {}
     for state in chosen.values():
-        for path, shadow in zip(
-            leaf_paths(state.shadow), jax.tree.leaves(state.shadow, is_leaf=is_none), strict=True
-        ):
-            if path in shadows:
+        residues = dict(zip(leaf_paths(state.residue), _leaves(state.residue), strict=True))
+        for path, shadow in zip(leaf_paths(state.shadow), _leaves(state.shadow), strict=True):
+            if path in stored:
                 raise ValueError(
                     f"name is missing: leaf {'/'.join(path)!r} has several averages. "
                     f"Pass name=, one of: {_listed(chosen)}."
                 )
-            shadows[path] = shadow
+            stored[path] = shadow, residues.get(path)
     paths = leaf_paths(params)
-    unknown = sorted("/".join(path) for path in shadows.keys() - set(paths))
+    unknown = sorted("/".join(path) for path in stored.keys() - set(paths))
     if unknown:
         raise ValueError(
             f"params has no leaf {', '.join(map(repr, unknown))}, which opt_state averages; it has "
             f"{', '.join(map(repr, leaf_names(params)))}. Pass the parameters that tx.init was "
             "given."
         )
-    for path, p in zip(paths, jax.tree.leaves(params, is_leaf=is_none), strict=True):
-        if shadows.get(path) is not None:
-            check_shape("/".join(path), **{"the average": shadows[path], "params": p})
-    return [shadows.get(path) for path in paths]
+    found = [stored.get(path, (None, None)) for path in paths]
+    for path, p, (shadow, _) in zip(paths, _leaves(params), found, strict=True):
+        if shadow is not None:
+            check_shape("/".join(path), **{"the average": shadow, "params": p})
+    return found
+
+
+def _leaves(tree: Tree) -> list:
+    return jax.tree.leaves(tree, is_leaf=is_none)
 
 
 def _listed(found: dict[str, EmaState]) -> str:

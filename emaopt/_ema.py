@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._ledger import advance, start as start_ledger
+from ._rounding import Accumulator, add, as_accumulator, round_stochastically
 from ._schedules import DecayLike, as_decay
 from ._tree import (
     Tree,
@@ -31,11 +33,14 @@ class EmaState(NamedTuple):
     """An average. `step`: int32 [], the updates so far. `shadow`: like the parameters.
 
     The shadow has the dtype that was decided at init: float32 or wider unless asked otherwise;
-    leaves that are not averaged (integers, booleans, keys) are the newest value.
+    leaves that are not averaged (integers, booleans, keys) are the newest value. `residue`: what
+    rounding took from the shadow, like it, if it is `compensated`. `ledger`: if it was asked for.
     """
 
     step: jax.Array
     shadow: Tree
+    residue: Tree = None
+    ledger: Tree = None
 
 
 class SwappedEmaState(NamedTuple):
@@ -48,6 +53,8 @@ class SwappedEmaState(NamedTuple):
     step: jax.Array
     shadow: Tree
     emaopt_swapped: Any
+    residue: Tree = None
+    ledger: Tree = None
 
 
 class MovingAverage(NamedTuple):
@@ -57,14 +64,18 @@ class MovingAverage(NamedTuple):
     update: Callable[..., EmaState]
 
 
-def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> MovingAverage:
+def moving_average(
+    decay: DecayLike, *, accumulator_dtype: Any = None, ledger: bool = False
+) -> MovingAverage:
     """The average of any pytree of values: `shadow -= (shadow - value) * (1 - decay(t))`.
 
     `decay`: a number, or a function of t, the number of updates with this one (1, 2, ...);
     `num_updates` replaces t, as TF1's argument does. The shadow starts as a copy of the values; in
     TF1, of a tensor, it starts at zero: `init` zeros for that. `accumulator_dtype`: the dtype of
-    the shadow; by default the values' own or float32, whichever is wider. Arithmetic is in float32
-    or wider in any case. TF1's `ExponentialMovingAverage.apply`.
+    the shadow, by default the values' own or float32, whichever is wider; or `compensated()`, which
+    loses nothing to rounding, or `stochastic()`, in 2 bytes. Arithmetic is in float32 or wider in
+    any case. `ledger`: keep a record of the weights, for `describe`. TF1's
+    `ExponentialMovingAverage.apply`.
 
     >>> mean = moving_average(0.5)
     >>> state = mean.init({"w": jnp.array([0.0])})
@@ -72,57 +83,126 @@ def moving_average(decay: DecayLike, *, accumulator_dtype: Any = None) -> Moving
     {'w': Array([4.], dtype=float32)}
     """
     decay = as_decay(decay)
-    if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.inexact):
-        raise ValueError(
-            f"accumulator_dtype={accumulator_dtype} cannot hold an average. Pass a floating dtype."
-        )
-
-    def copy(x):
-        x = jnp.asarray(x)
-        if not is_inexact(x):
-            return jnp.copy(x)
-        return jnp.array(x, accumulator_dtype or wide(x.dtype), copy=True)
+    accumulator = as_accumulator(accumulator_dtype)
+    compensated = accumulator.rounding == "compensated"
 
     def init(values):
-        shadow = tree_map(copy, values=values)
-        return EmaState(beside(values, jnp.zeros((), jnp.int32)), shadow)
+        rows, treedef = zip_leaves(values=values)
+        names = leaf_names(values)
+        leaves = [_copy(name, x, accumulator) for name, (x,) in zip(names, rows, strict=True)]
+        shadow, residue = (treedef.unflatten(leaf[i] for leaf in leaves) for i in range(2))
+        step, record = jax.tree.map(
+            lambda x: beside(values, x),
+            (jnp.zeros((), jnp.int32), start_ledger() if ledger else None),
+        )
+        return EmaState(step, shadow, residue if compensated else None, record)
 
     def update(values, state, num_updates=None):
-        if isinstance(state, SwappedEmaState):
-            raise ValueError(
-                "opt_state is swapped: its shadow holds the parameters. Call "
-                "params, opt_state = emaopt.swap(params, opt_state) before training on."
-            )
-        if not isinstance(state, EmaState):
-            raise ValueError(
-                f"state is a {type(state).__name__}, not an average. Pass the EmaState that its "
-                "own init made."
-            )
+        _check_state(state, compensated, ledger)
         step = jnp.asarray(optax.safe_increment(state.step))
         rate = decay.rate(step if num_updates is None else num_updates)
-        rows, treedef = zip_leaves(values=values, **{"state.shadow": state.shadow})
+        residue = state.residue if compensated else jax.tree.map(lambda _: None, state.shadow)
+        rows, treedef = zip_leaves(
+            values=values, **{"state.shadow": state.shadow, "state.residue": residue}
+        )
         names = leaf_names(values)
-        leaves = [_lerp(name, x, s, rate) for name, (x, s) in zip(names, rows, strict=True)]
-        return EmaState(step, treedef.unflatten(leaves))
+        leaves = [
+            _lerp(name, x, s, low, rate, accumulator, step, i)
+            for i, (name, (x, s, low)) in enumerate(zip(names, rows, strict=True))
+        ]
+        shadow, residue = (treedef.unflatten(leaf[i] for leaf in leaves) for i in range(2))
+        record = advance(state.ledger, rate, _share(leaf[2] for leaf in leaves)) if ledger else None
+        return EmaState(step, shadow, residue if compensated else None, record)
 
     return MovingAverage(init, update)
 
 
-def _lerp(name: str, x, s, rate):
-    """One leaf of the shadow after a value; an absent value leaves it, as does a rate of 0."""
+def _copy(name: str, x, accumulator: Accumulator):
+    """A value as the shadow starts: what is stored of it, and what is left over."""
     if x is None:
-        return s
+        return None, None
+    x = jnp.asarray(x)
+    if not is_inexact(x):
+        return jnp.copy(x), None
+    dtype = accumulator.dtype or wide(x.dtype)
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(
+            f"leaf {name!r} is {x.dtype}, and accumulator_dtype={dtype} has no imaginary part. "
+            "Pass a complex dtype, or none."
+        )
+    stored = jnp.array(x, dtype, copy=True)
+    if accumulator.rounding != "compensated":
+        return stored, None
+    return stored, (x - stored.astype(x.dtype)).astype(dtype)
+
+
+def _lerp(name: str, x, s, low, rate, accumulator: Accumulator, step, place: int):
+    """One leaf of the shadow and what is left over, after a value; and where rounding held it.
+
+    An absent value leaves it, as does a rate of 0.
+    """
+    if x is None:
+        return s, low, None
     check_shape(name, values=x, **{"state.shadow": s})
     x = jnp.asarray(x)
     if not is_inexact(s):
-        return x if x.dtype == s.dtype else x.astype(s.dtype)
+        return x if x.dtype == s.dtype else x.astype(s.dtype), None, None
     dtype = wide(s.dtype)
     old, x = s.astype(dtype), _widen(x, dtype)
-    new = old - (old - x) * jnp.asarray(rate).astype(dtype)
-    if not isinstance(rate, np.generic):
-        # a copy is exact, and a value that is not taken cannot poison the average
-        new = jnp.where(rate >= 1, x, jnp.where(rate <= 0, old, new))
-    return new.astype(s.dtype)
+    share = jnp.asarray(rate).astype(dtype)
+    if low is None:
+        difference = old - x
+        new = _taken(rate, old - difference * share, old, x)
+        if accumulator.rounding == "stochastic":
+            stored, after = round_stochastically(new, step, place), new
+        else:
+            stored = new.astype(s.dtype)
+            after = stored.astype(dtype)
+        return stored, None, lambda: (difference != 0) & (after == old)
+    kept = low.astype(dtype)
+    difference = (old - x) + kept
+    total, lost = add(old, kept, -difference * share)
+    total, lost = _taken(rate, total, old, x), _taken(rate, lost, kept, 0)
+    stored = total.astype(s.dtype)
+    left = ((total - stored.astype(dtype)) + lost).astype(s.dtype)
+    return stored, left, lambda: (difference != 0) & (stored == s) & (left == low)
+
+
+def _taken(rate, new, old, value):
+    """A copy is exact, and a value that is not taken cannot poison the average."""
+    if isinstance(rate, np.generic):
+        return new
+    return jnp.where(rate >= 1, value, jnp.where(rate <= 0, old, new))
+
+
+def _share(held):
+    """The share of true elements, float32 []."""
+    held = [x() for x in held if x is not None]
+    number = sum(x.size for x in held)
+    return sum((jnp.sum(x, dtype=jnp.float32) for x in held), jnp.zeros(())) / max(number, 1)
+
+
+def _check_state(state: Any, compensated: bool, ledger: bool) -> None:
+    if isinstance(state, SwappedEmaState):
+        raise ValueError(
+            "opt_state is swapped: its shadow holds the parameters. Call "
+            "params, opt_state = emaopt.swap(params, opt_state) before training on."
+        )
+    if not isinstance(state, EmaState):
+        raise ValueError(
+            f"state is a {type(state).__name__}, not an average. Pass the EmaState that its "
+            "own init made."
+        )
+    for field, wanted, argument in (
+        ("residue", compensated, "accumulator_dtype=compensated()"),
+        ("ledger", ledger, "ledger=True"),
+    ):
+        if (getattr(state, field) is not None) != wanted:
+            raise ValueError(
+                f"state has {'no' if wanted else 'a'} {field}: it was made "
+                f"{'without' if wanted else 'with'} {argument}. Pass the EmaState that its own "
+                "init made."
+            )
 
 
 def _widen(x, dtype):
@@ -137,14 +217,18 @@ def _widen(x, dtype):
 
 
 def ema(
-    decay: DecayLike, *, sequential_update: bool = True, accumulator_dtype: Any = None
+    decay: DecayLike,
+    *,
+    sequential_update: bool = True,
+    accumulator_dtype: Any = None,
+    ledger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The average of the parameters, as the last link of an `optax.chain`.
 
     Last, because it averages what the updates lead to: `params + updates`, rounded as
     `optax.apply_updates` rounds it. Wrap the whole chain, this link included, in
     `optax.MultiSteps` or `optax.apply_if_finite`, so that it counts only steps that were made. The
-    updates pass unchanged. `decay` and `accumulator_dtype`: see `moving_average`.
+    updates pass unchanged. `decay`, `accumulator_dtype` and `ledger`: see `moving_average`.
 
     `update(updates, state, params, num_updates=n)`: n replaces t.
     `sequential_update=False` averages the parameters from before the update, with t = 0, 1, ...
@@ -158,7 +242,7 @@ def ema(
     >>> state[-1].shadow
     Array([4.], dtype=float32)
     """
-    core = moving_average(decay, accumulator_dtype=accumulator_dtype)
+    core = moving_average(decay, accumulator_dtype=accumulator_dtype, ledger=ledger)
 
     def update(updates, state, params=None, *, num_updates=None, **extra):
         del extra

@@ -59,14 +59,22 @@ def names(tree: Tree) -> Tree:
     named = []
     for node, path in zip(nodes, jax.tree.leaves(others, is_leaf=is_none), strict=True):
         if isinstance(node, (EmaState, SwappedEmaState)):
-            shadow = jax.tree.map(lambda n: unique(average_name(n)), _plain(node.shadow))
-            marker = node._fields[2:]
-            named.append(type(node)(_all(node.step, STEP), shadow, *marker))
+            named.append(_average_names(node, unique))
         elif isinstance(node, OptimizerState):
             named.append(_optimizer_names(node, unique))
         else:
             named.append(path)
     return treedef.unflatten(named)
+
+
+def _average_names(state: Any, unique: Callable[[str], str]) -> Any:
+    """What TF1 does not have stands below the variable, or, of the whole average, by itself."""
+    shadow = jax.tree.map(lambda name: unique(average_name(name)), _plain(state.shadow))
+    below = lambda name: unique(f"{average_name(name)}/residue")
+    residue = jax.tree.map(below, _plain(state.residue))
+    ledger = jax.tree.map(lambda name: unique(f"ledger/{name}"), _plain(state.ledger))
+    own = {"step": _all(state.step, STEP), "shadow": shadow, "residue": residue, "ledger": ledger}
+    return type(state)(**{field: own.get(field, field) for field in state._fields})
 
 
 def _optimizer_names(state: OptimizerState, unique: Callable[[str], str]) -> OptimizerState:

@@ -12,7 +12,20 @@ import emaopt
 
 HOUSE = Path(emaopt.__file__).parent
 FILES = {str(path.relative_to(HOUSE)): path for path in sorted(HOUSE.rglob("*.py"))}
-CORE = {"_tree", "_schedules", "_clip", "_optimizers", "_ema", "_averages", "_training", "_names"}
+CORE = {
+    "_tree",
+    "_rounding",
+    "_ledger",
+    "_schedules",
+    "_clip",
+    "_optimizers",
+    "_ema",
+    "_averages",
+    "_healing",
+    "_statistics",
+    "_training",
+    "_names",
+}
 LIGHT = {"jax", "numpy", "optax"}
 # room: what it may import from this package, and from others; the rooms of a folder are one
 ROOMS = {
@@ -20,15 +33,19 @@ ROOMS = {
     "_schedules": ({"_tree"}, LIGHT),
     "_clip": ({"_tree"}, LIGHT),
     "_optimizers": ({"_tree"}, LIGHT),
-    "_ema": ({"_tree", "_schedules"}, LIGHT),
+    "_rounding": (set(), LIGHT),
+    "_ledger": ({"_rounding"}, LIGHT),
+    "_ema": ({"_tree", "_schedules", "_rounding", "_ledger"}, LIGHT),
     "_averages": ({"_tree", "_ema"}, LIGHT),
+    "_healing": ({"_tree", "_ema"}, LIGHT),
+    "_statistics": ({"_tree", "_schedules", "_ema"}, LIGHT),
     "_training": ({"_tree"}, LIGHT),
     "_names": ({"_tree", "_ema", "_optimizers"}, LIGHT),
     "checkpoint": (
         {"_tree", "_ema", "_averages", "_names"},
         LIGHT | {"orbax", "etils", "safetensors"},
     ),
-    "posthoc": ({"_tree"}, {"jax", "numpy"}),
+    "posthoc": ({"_tree", "_schedules"}, {"jax", "numpy"}),
     "tf1": ({"_tree", "_names", "_ema", "_averages"}, LIGHT | {"tensorflow"}),
     "summary": ({"_names", "_ema", "_clip"}, LIGHT | {"tensorboardX"}),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
