@@ -9,6 +9,7 @@ from ._averages import (
     average as average,
     averages as averages,
     describe as describe,
+    stacked as stacked,
     swap as swap,
 )
 from ._clip import (
@@ -25,6 +26,7 @@ from ._ema import (
     ema as ema,
     moving_average as moving_average,
 )
+from ._feedback import overwrite as overwrite
 from ._healing import HealState as HealState, heal as heal
 from ._ledger import Ledger as Ledger
 from ._names import (

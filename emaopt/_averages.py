@@ -1,8 +1,11 @@
 """The averages in a state, whatever optax wrapped around them.
 
-`averages` finds them by name, `average` is what to evaluate with, `swap` exchanges them with the
-parameters, `describe` says how long they are. Leaves are matched by key path.
+`averages` finds them by name, `average` is what to evaluate with, `stacked` several of them;
+`swap` exchanges them with the parameters, `describe` says how long they are. Leaves are matched by
+key path.
 """
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +51,8 @@ def _value(p, shadow, residue):
     if residue is not None:
         dtype = wide(shadow.dtype)
         shadow = shadow.astype(dtype) + residue.astype(dtype)
-    return shadow.astype(jnp.result_type(p))
+    dtype = jnp.result_type(p)
+    return shadow if shadow.dtype == dtype else shadow.astype(dtype)  # a key has no astype
 
 
 def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, Tree]:
@@ -116,6 +120,29 @@ def averages(opt_state: Tree) -> dict[str, EmaState]:
         short if named.count(short) == 1 else "/".join(map(key_name, keys)): state
         for short, (keys, state) in zip(named, found, strict=True)
     }
+
+
+def stacked(params: Tree, opt_state: Tree, names: Iterable[str] | None = None) -> Tree:
+    """Several averages in one tree, each leaf with a leading axis: one average after the other.
+
+    In the order of `names`, by default of `averages(opt_state)`, and in the dtypes of `params`: to
+    evaluate all at once with `jax.vmap(evaluate)`. A leaf without an average is repeated.
+
+    >>> import emaopt, optax
+    >>> tx = optax.named_chain(("fast", emaopt.ema(0.5)), ("slow", emaopt.ema(0.75)))
+    >>> params = jnp.array([0.0])
+    >>> _, opt_state = tx.update(jnp.array([8.0]), tx.init(params), params)
+    >>> print(stacked(params, opt_state))
+    [[4.]
+     [2.]]
+    """
+    if isinstance(names, str):
+        raise ValueError(f"names={names!r} is one string. Pass a list of names.")
+    names = list(_choose(opt_state, None) if names is None else names)
+    if not names:
+        raise ValueError("names is empty. Pass keys of emaopt.averages(opt_state), or None.")
+    each = [average(params, opt_state, name) for name in names]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
 def describe(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:

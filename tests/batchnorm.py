@@ -5,6 +5,7 @@ are far from the raw ones and their batch statistics are not the same.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,8 +44,7 @@ class NNXNetwork(nnx.Module):
     def __init__(self, rngs):
         widths = [64] + LAYERS * [WIDTH]
         self.dense = nnx.List(
-            nnx.Linear(a, b, use_bias=False, rngs=rngs)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nnx.Linear(a, b, use_bias=False, rngs=rngs) for a, b in itertools.pairwise(widths)
         )
         self.norm = nnx.List(nnx.BatchNorm(b, rngs=rngs) for b in widths[1:])
         self.logits = nnx.Linear(WIDTH, 10, rngs=rngs)
@@ -139,8 +139,7 @@ def train(
 
     shuffled = lambda rng: rng.permutation(len(images))[: steps * BATCH_SIZE]
     orders = [
-        [shuffled(rng) for _ in range(epochs)]
-        for rng in map(np.random.default_rng, range(seeds))
+        [shuffled(rng) for _ in range(epochs)] for rng in map(np.random.default_rng, range(seeds))
     ]
     orders = np.reshape(orders, (seeds, epochs * steps, BATCH_SIZE))
     return run(jax.vmap(jax.random.key)(jnp.arange(seeds)), orders)
