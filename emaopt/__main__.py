@@ -133,14 +133,16 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
             "  tf1/other    all else under its own name: slots, powers\n"
             "Back from there: the names, shapes, dtypes and bits that TF1 wrote. Any other\n"
             "checkpoint of Orbax becomes what emaopt.tf1.save writes; strings are left out.\n\n"
-            "TF1's swapping_saver wrote the averages under the names of the variables: convert\n"
-            "such a checkpoint without --averages, and params are the averages."
+            "TF1's swapping_saver writes the averages under the names of the variables, and the\n"
+            "variables under those of the averages. With --swapped, the checkpoint of TF1 is of\n"
+            "that form, whether it is SOURCE or DESTINATION."
         ),
         epilog=(
             "examples:\n"
             "  emaopt convert run/model.ckpt-20 converted\n"
             "  emaopt convert converted again/model.ckpt-20\n"
             "  emaopt convert --averages run/model.ckpt-20 for-serving\n"
+            "  emaopt convert --average-name MovingAverage/{}/average run/model.ckpt-20 converted\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -152,6 +154,15 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "--averages",
         action="store_true",
         help="the averages only, under the names of the variables; one without is itself",
+    )
+    convert.add_argument(
+        "--swapped", action="store_true", help="TF1's side is what its swapping_saver writes"
+    )
+    convert.add_argument(
+        "--average-name",
+        default="ExponentialMovingAverage",
+        metavar="NAME",
+        help="the name= of TF1's ExponentialMovingAverage; {} in it stands for the variable",
     )
 
     def command(**arguments):

@@ -88,7 +88,7 @@ def leaves_in_tf1(
             "swapped=True."
         )
     target = _renamer(rename)
-    of_average = average_name if callable(average_name) else lambda n: f"{n}/{average_name}"
+    of_average = name_of_average(average_name)
 
     def in_tf1(own: str, value: Any) -> str:
         of, kind, number = origin(own)
@@ -189,6 +189,14 @@ def _renamer(rename: Rename | None) -> Callable[[str], tuple[str, list[Callable[
         return _checked(given, name), shapes
 
     return apply
+
+
+def name_of_average(average_name: AverageName) -> Callable[[str], str]:
+    """From a variable's name to its average's: `slow` and `{}/slow` lead from `w` to `w/slow`."""
+    if callable(average_name):
+        return average_name
+    template = average_name if "{}" in average_name else f"{{}}/{average_name}"
+    return lambda name: template.replace("{}", name)
 
 
 def _checked(name: str, renamed: Any) -> str:

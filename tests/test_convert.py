@@ -1,9 +1,7 @@
-"""`emaopt ls` and `emaopt convert`: what they show, what they write, and what they refuse."""
+"""`emaopt convert`: what it writes, and what it refuses."""
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -14,39 +12,47 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
-from emaopt import checkpoint, tf1
+from emaopt import checkpoint
 from emaopt.__main__ import main
 from emaopt._tree import key_paths
-from emaopt.listing import Leaf, table
 
 
 tf = pytest.importorskip("tensorflow")
 
+from emaopt import tf1  # noqa: E402
+
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"
 PARAMS = {"conv": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3, jnp.bfloat16)}
-OPTIMIZERS = {
-    "adam": emaopt.adam(),
-    "gradient_descent": emaopt.gradient_descent(0.1),
-    "of optax": optax.scale_by_adam(),
+EXACT = emaopt.compensated(jnp.bfloat16)
+CHAINS = {
+    "adam": optax.chain(emaopt.adam(), emaopt.ema(0.9)),
+    "gradient_descent": optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(0.9)),
+    "of optax": optax.chain(optax.scale_by_adam(), emaopt.ema(0.9)),
+    "ledger": optax.chain(emaopt.adam(), emaopt.ema(0.9, accumulator_dtype=EXACT, ledger=True)),
 }
+INTEGER = {"w": jnp.ones(2), "n": jnp.array(4)}
 
 
 @pytest.fixture(scope="module")
 def orbax(tmp_path_factory):
-    """Runs of Orbax with two steps: by emaopt, and one by plain Orbax without items."""
+    """Runs of Orbax with two steps: by emaopt, and single checkpoints of plain Orbax."""
     root = tmp_path_factory.mktemp("orbax")
-    for name, optimizer in OPTIMIZERS.items():
-        tx = optax.chain(optimizer, emaopt.ema(0.9))
+    for name, tx in CHAINS.items():
         params, opt_state = PARAMS, tx.init(PARAMS)
         params = {"conv": {"kernel": params["conv"]["kernel"] + 1}, "bias": params["bias"] * 2}
         with ocp.training.Checkpointer(str(root / name)) as checkpointer:
             for step in 2, 10:
                 checkpoint.save(checkpointer, step, params, opt_state, seed=step)
-    tx = optax.chain(emaopt.adam(), emaopt.ema(0.9))
-    adam, ema = tx.init(PARAMS)
+    adam, ema = CHAINS["adam"].init(PARAMS)
     with ocp.training.Checkpointer(str(root / "steps")) as checkpointer:
         checkpoint.save(checkpointer, 1, PARAMS, (adam._replace(step=jnp.array(4)), ema))
+    for name, params, opt_state in (
+        ("two", PARAMS, {"fast": ema, "slow": ema}),
+        ("none", PARAMS, adam),
+        ("integer", INTEGER, emaopt.ema(0.9).init(INTEGER)),
+    ):
+        ocp.save_checkpointables(root / name, {"params": params, "opt_state": opt_state})
     ocp.save(root / "words", {"word": "a"})
     ocp.save(root / "plain", {"params": PARAMS, "trace": PARAMS, "epoch": 3})
     return root
@@ -80,85 +86,6 @@ def listed(capsys, path):
     main(["ls", str(path), "--json"])
     shown = json.loads(capsys.readouterr().out)
     return shown, {leaf["name"]: leaf for leaf in shown["leaves"]}
-
-
-@pytest.mark.parametrize("ending", ["", "/model.ckpt-20", "/model.ckpt-20.index"])
-def test_ls_shows_the_variables_of_tf1(ending, capsys):
-    shown, leaves = listed(capsys, f"{GOLDEN}/adam{ending}")
-    assert len(leaves) == 11
-    assert shown["bytes"] == 272 == sum(leaf["bytes"] for leaf in leaves.values())
-    assert leaves["mlp/dense/kernel/Adam_1"] == {
-        "name": "mlp/dense/kernel/Adam_1",
-        "shape": [3, 4],
-        "dtype": "float32",
-        "role": "slot v of mlp/dense/kernel",
-        "bytes": 48,
-    }
-
-
-@pytest.mark.parametrize(
-    ("run", "roles"),
-    [
-        (
-            "adam",
-            {
-                "params/conv/kernel": "average of conv/kernel",
-                "params/bias": "average of bias",
-                "opt_state/0/slots/m/conv/kernel": "slot m of conv/kernel",
-                "opt_state/0/slots/v/bias": "slot v of bias",
-                "opt_state/0/powers/beta2_power": "power",
-                "opt_state/0/step": "global step",
-                "opt_state/1/shadow/bias": "raw parameter of bias",
-                "opt_state/1/step": "global step",
-                "opt_state/1/emaopt_swapped": "mark of a swap",
-                "digests/rest": "digests of rest",
-                "rest/seed": "rest",
-            },
-        ),
-        ("of optax", {"opt_state/0/mu/bias": "slot mu of bias", "opt_state/0/count": "rest"}),
-        (
-            "plain",
-            {
-                "state/params/conv/kernel": "variable",
-                "state/trace/bias": "slot trace of bias",
-                "state/epoch": "rest",
-            },
-        ),
-    ],
-)
-def test_ls_shows_what_each_leaf_of_orbax_is(run, roles, orbax, capsys):
-    _, leaves = listed(capsys, orbax / run)
-    assert {name: leaves[name]["role"] for name in roles} == roles
-
-
-def test_ls_takes_a_run_or_a_step_of_it(orbax, capsys, monkeypatch):
-    monkeypatch.chdir(orbax)
-    newest, of_newest = listed(capsys, "adam")
-    assert listed(capsys, "adam/10")[0]["leaves"] == newest["leaves"]
-    assert newest["checkpoint"] == str(orbax / "adam")
-    assert of_newest["params/bias"]["dtype"] == "float32"
-    assert of_newest["opt_state/1/shadow/bias"]["bytes"] == 6
-
-
-def test_ls_in_a_pipe_is_plain_quiet_and_whole():
-    command = [sys.executable, "-m", "emaopt", "ls", str(GOLDEN / "adam" / "model.ckpt-20")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert lines[0].split() == ["name", "shape", "dtype", "bytes", "role"]
-    row = "mlp/dense/kernel/ExponentialMovingAverage  [3,4]  float32     48  "
-    assert lines[-3] == row + "average of mlp/dense/kernel"
-    assert lines[-1] == "11 leaves, 272 bytes"
-
-
-@pytest.mark.parametrize("width", [60, 80, 120, None])
-def test_the_table_fits_the_terminal(width):
-    long = Leaf("a/" + "x" * 60 + "/kernel", (3, 4), "float32", "average of a" + "x" * 60, 48)
-    lines = table([long, Leaf("b", (), "int64", "variable", 8)], width)
-    longest = max(map(len, lines))
-    assert longest <= width if width else longest > 120
-    assert ("…" in lines[1]) == (width is not None)
-    assert "[3,4]  float32     48  " in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -220,21 +147,74 @@ def test_averages_of_some_variables_go_with_the_other_variables(tmp_path):
     assert not [name for name in back if "Momentum" in name or "Average" in name]
 
 
-@pytest.mark.parametrize("run", ["adam", "gradient_descent", "of optax"])
-def test_a_checkpoint_of_emaopt_becomes_what_tf1_save_writes(run, orbax, tmp_path):
-    tx = optax.chain(OPTIMIZERS[run], emaopt.ema(0.9))
+NAME = "ExponentialMovingAverage"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("run", "average_name"), [*((run, NAME) for run in CHAINS), ("adam", "{}/of/{}")]
+)
+def test_a_checkpoint_of_emaopt_becomes_what_tf1_save_writes(
+    run, average_name, swapped, orbax, tmp_path
+):
     with ocp.training.Checkpointer(str(orbax / run)) as checkpointer:
-        params, opt_state, _ = checkpoint.resume(checkpointer, PARAMS, tx.init(PARAMS), seed=0)
-    tf1.save(tmp_path / "saved", params, opt_state)
-    main(["convert", str(orbax / run), str(tmp_path / "all")])
-    main(["convert", "--averages", str(orbax / run), str(tmp_path / "averages")])
+        like = PARAMS, CHAINS[run].init(PARAMS)
+        params, opt_state, _ = checkpoint.resume(checkpointer, *like, seed=0)
+    form = {"swapped": swapped, "average_name": average_name}
+    tf1.save(tmp_path / "saved", params, opt_state, **form)
+    options = ["--average-name", average_name, *["--swapped"] * swapped]
+    main(["convert", *options, str(orbax / run), str(tmp_path / "all")])
     saved, converted = stored(tmp_path / "saved"), stored(tmp_path / "all")
     of_tf1 = {name for name in saved if not name.startswith("0/")}  # Optax's own
     assert {name: converted[name] for name in of_tf1} == {name: saved[name] for name in of_tf1}
+    main(["convert", "--averages", str(orbax / run), str(tmp_path / "averages")])
+    averages = {name: average_name.replace("{}", name) for name in ("bias", "conv/kernel")}
+    if average_name == NAME:
+        averages = {name: emaopt.average_name(name) for name in averages}
+    assert saved["bias"] != saved[averages["bias"]]
     assert stored(tmp_path / "averages") == {
-        name: saved[emaopt.average_name(name)] for name in ("bias", "conv/kernel")
+        name: saved[name if swapped else average] for name, average in averages.items()
     }
-    assert saved["bias"] != saved[emaopt.average_name("bias")]
+
+
+def test_the_average_of_an_integer_is_its_variable(orbax, tmp_path):
+    main(["convert", str(orbax / "integer"), str(tmp_path / "tf1")])
+    assert set(stored(tmp_path / "tf1")) == {"w", "n", "global_step", emaopt.average_name("w")}
+
+
+@pytest.mark.parametrize("step", [True, False])
+def test_what_a_swapping_saver_wrote_gets_the_right_roles(step, tmp_path):
+    names = {"w": 1, "w/ExponentialMovingAverage": 2, "alone": 3, "w/Adam": 4}
+    names |= {"w/more": 5, "w/more/ExponentialMovingAverage": 6}
+    names |= {"global_step": 7} if step else {}
+    write(tmp_path / "tf1", **{name: np.float32(value) for name, value in names.items()})
+    for options, destination in ([], "all"), (["--averages"], "averages"):
+        arguments = ["--swapped", *options, tmp_path / "tf1", tmp_path / destination]
+        main(["convert", *map(str, arguments)])
+    main(["convert", "--swapped", str(tmp_path / "all"), str(tmp_path / "back")])
+    assert stored(tmp_path / "back") == stored(tmp_path / "tf1")
+    like = {"w": np.float32(0), "alone": np.float32(0)}
+    assert ocp.load(tmp_path / "all", like, checkpointable_name="params") == {"w": 2, "alone": 3}
+    averages = ocp.load(tmp_path / "averages", like, checkpointable_name="params")
+    assert averages == {"w": 1, "alone": 3}
+    if step:
+        assert checkpoint.restore_averages(tmp_path / "all", like) == averages
+
+
+@pytest.mark.parametrize("run", ["adam_swapped", "other_name"])
+def test_the_form_of_tf1_is_kept_on_the_way_back(run, tmp_path):
+    options = {"adam_swapped": ["--swapped"], "other_name": ["--average-name", "slow"]}[run]
+    main(["convert", *options, str(GOLDEN / run), str(tmp_path / "orbax")])
+    main(["convert", *options, str(tmp_path / "orbax"), str(tmp_path / "back")])
+    assert stored(tmp_path / "back") == stored(GOLDEN / run)
+    averages = {
+        "adam_swapped": {"mlp": {"dense": {"bias": "mlp/dense/bias"}}},
+        "other_name": {"w": "w/slow"},
+    }[run]
+    in_tf1 = stored(GOLDEN / run)
+    like = jax.tree.map(lambda name: np.zeros(in_tf1[name][1], "f4"), averages)
+    found = checkpoint.restore_averages(tmp_path / "orbax", like)
+    assert list(bits(found).values()) == [in_tf1[name] for name in jax.tree.leaves(averages)]
 
 
 def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
@@ -249,19 +229,21 @@ def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("ls", "emaopt ls: the following arguments are required: CHECKPOINT"),
-        ("ls nowhere", "nowhere does not exist"),
-        ("ls golden/model.ckpt-21", "/golden/model.ckpt-21 does not exist"),
-        ("ls golden/model.ckpt-21", "golden has checkpoint, model.ckpt-20.data-00000-of-00001, m"),
-        ("ls empty", "/empty holds no finished checkpoint, neither of Orbax nor of TF1"),
-        ("ls file", "/file' is no checkpoint of TF1"),
         ("convert golden", "emaopt convert: the following arguments are required: DESTINATION"),
         ("convert nowhere new", "nowhere does not exist"),
         ("convert empty new", "/empty holds no finished checkpoint"),
         ("convert golden empty", "/empty exists. Pass another DESTINATION"),
         ("convert {orbax}/adam golden/model.ckpt-20", "/golden/model.ckpt-20 exists"),
         ("convert {orbax}/adam file/model.ckpt-20", "/file/model.ckpt-20 cannot be written: "),
-        ("convert --averages no_average new", "SOURCE has no averages. Leave out --averages"),
+        ("convert --averages no_average new", "SOURCE has no averages named Exponen"),
+        ("convert --averages no_average new", "Leave out --averages, or pass --average-name"),
+        ("convert --swapped no_average new", "Leave out --swapped, or pass --average-name"),
+        ("convert --swapped {orbax}/none new/model.ckpt-1", "SOURCE has no averages named"),
+        ("convert --swapped {orbax}/two new/model.ckpt-1", "bias has several averages. Leave out"),
+        (
+            "convert --average-name Adam {orbax}/adam new/model.ckpt-1",
+            "--average-name Adam: bias/Adam, conv/kernel/Adam is there already",
+        ),
         ("convert --averages {orbax}/plain new/model.ckpt-1", "/plain holds no average"),
         ("convert {orbax}/words new/model.ckpt-1", "/words holds no arrays"),
         ("convert strings new", "/strings holds strings, which Orbax cannot save: words"),
@@ -286,22 +268,13 @@ def test_what_is_wrong_gets_one_line(arguments, told, orbax, tmp_path, monkeypat
     assert not (tmp_path / "new").exists()
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(orbax):
-    read, write_end = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-m", "emaopt", "ls", str(orbax / "adam")]
-    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
-    os.close(write_end)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 @pytest.mark.parametrize("source", [GOLDEN / "adam", "adam"])
 def test_an_interrupt_leaves_nothing_behind(source, orbax, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("emaopt.convert.digests", interrupted)
-    monkeypatch.setattr("emaopt.convert._write", interrupted)
+    monkeypatch.setattr("emaopt.convert.write", interrupted)
     with pytest.raises(SystemExit) as exit_:
         main(["convert", str(orbax / source), str(tmp_path / "new")])
     assert exit_.value.code == 130
@@ -322,8 +295,8 @@ def test_the_value_of_nnx_is_no_part_of_a_name_and_strings_are_left_out(tmp_path
 
 @pytest.mark.parametrize("missing", ["tensorflow", "tqdm"])
 def test_without_a_package_the_extra_is_named(missing, monkeypatch, tmp_path, capsys):
-    monkeypatch.delitem(sys.modules, "emaopt.convert", raising=False)
-    monkeypatch.delattr(emaopt, "convert", raising=False)
+    for module in [m for m in sys.modules if m.startswith(("emaopt.convert", "emaopt.tf1"))]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as exit_:
         main(["convert", str(GOLDEN / "adam"), str(tmp_path / "new")])
