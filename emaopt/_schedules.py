@@ -56,7 +56,7 @@ def as_decay(decay: DecayLike) -> Decay:
         return decay
     if callable(decay):
         _check_function(decay)
-        return _pointwise(lambda t: 1 - jnp.asarray(decay(t)).astype(jnp.float32))
+        return pointwise(lambda t: 1 - jnp.asarray(decay(t)).astype(jnp.float32))
     check("decay", decay, *_SHARE)
     rate = 1 - scalar(decay, jnp.float32)
     return Decay(lambda t: rate, lambda t, n: _power(jnp.log1p(-rate), n))
@@ -77,7 +77,7 @@ def warmup(decay: DecayLike) -> Decay:
         n = jnp.asarray(t).astype(jnp.float32)
         return jnp.maximum(_float(inner.rate(t)), _float(1 - (1 + n) / (10 + n)))
 
-    return _pointwise(rate)
+    return pointwise(rate)
 
 
 def debiased(decay: DecayLike) -> Decay:
@@ -150,7 +150,7 @@ def inverse_gamma(
         free = jnp.exp(-_float(power) * jnp.log1p(_float(t) / _float(inv_gamma)))
         return jnp.clip(free, _float(1 - maximum), _float(1 - minimum))
 
-    return _pointwise(rate)
+    return pointwise(rate)
 
 
 def half_life(updates: float) -> Decay:
@@ -279,7 +279,8 @@ def _own(decay: DecayLike) -> Decay:
     return Decay(lambda t: _float(rate), lambda t, n: _power(log, n))
 
 
-def _pointwise(rate: Callable) -> Decay:
+def pointwise(rate: Callable) -> Decay:
+    """A decay of which only the rates are known, not their product over many updates."""
     return Decay(rate, lambda t, n: _power(jnp.log1p(-rate(t)), n), exact=False)
 
 

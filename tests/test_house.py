@@ -48,6 +48,7 @@ ROOMS = {
         LIGHT | {"orbax", "etils", "safetensors"},
     ),
     "posthoc": ({"_tree", "_schedules"}, {"jax", "numpy"}),
+    "presets": ({"_tree", "_schedules", "posthoc"}, {"jax"}),
     "tf1": ({"_tree", "_names", "_ema", "_averages"}, LIGHT | {"tensorflow"}),
     "summary": ({"_names", "_ema", "_clip"}, LIGHT | {"tensorboardX"}),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
