@@ -47,7 +47,7 @@ def recalibrate(
     {'mean': Array(4., dtype=float32)}
     """
     leaves, treedef = jax.tree.flatten(statistics, is_leaf=is_none)
-    leaves = [x if x is None else jnp.asarray(x) for x in leaves]
+    leaves: list[Any] = [x if x is None else jnp.asarray(x) for x in leaves]
     names = leaf_names(statistics)
     moving = [i for i, x in enumerate(leaves) if x is not None and is_inexact(x)]
     _check_dtypes({names[i]: leaves[i] for i in moving})
@@ -77,7 +77,7 @@ def recalibrate(
         moving = moved  # once more: what is frozen is used as it is
 
     at_one = run(first, 1.0)
-    share = {i: 1 - jnp.real(at_far[i] - at_zero[i]) / _FAR for i in moving}
+    share = {i: 1 - (at_far[i] - at_zero[i]) / _FAR for i in moving}
     for i in moving:
         _check_average(names[i], share[i], at_zero[i], at_one[i])
 
@@ -94,7 +94,7 @@ def recalibrate(
     ]
     for i, mean in zip(moving, state.shadow, strict=True):
         _check_finite(names[i], mean)
-        result[i] = (mean / share[i].astype(mean.dtype)).astype(leaves[i].dtype)
+        result[i] = mean / share[i]
     return treedef.unflatten(result)
 
 
@@ -141,7 +141,7 @@ def _check_average(name: str, share, at_zero, at_one) -> None:
     eps = float(jnp.finfo(at_zero.dtype).eps)
     off = jnp.abs(at_one - at_zero - (1 - share))
     straight = off <= eps**0.5 * jnp.max(jnp.abs(at_zero), initial=0.0) + 8 * eps
-    if not jnp.all((share > 0) & (share <= 1) & straight):
+    if not jnp.all((jnp.real(share) > 0) & (jnp.real(share) <= 1) & straight):
         raise ValueError(
             f"statistics is no running average at leaf {name!r}: forward does not make momentum * "
             "old + (1 - momentum) * own of it, the same for each old value. Leave counters, sums "
