@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     _add_demo(commands)
     _add_ls(commands)
     _add_convert(commands)
+    _add_synthesize(commands)
     arguments = vars(parser.parse_args(argv))
     arguments.pop("command")(**arguments)
 
@@ -176,6 +177,84 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
             run(**arguments)
 
     convert.set_defaults(command=command)
+
+
+def _add_synthesize(commands: argparse._SubParsersAction) -> None:
+    synthesize = commands.add_parser(
+        "synthesize",
+        help="another average from the checkpoints of a run, after training",
+        description=(
+            "Add up the averages in the checkpoints of a run to one of another length, and write\n"
+            "it to OUT: a checkpoint of Orbax with the item params. How far it will be from the\n"
+            "average that is wanted is known before, from the decays alone; without a target, and\n"
+            "without OUT, a list of targets with these predicted errors is printed.\n\n"
+            "What the recorded averages are, their ledgers say: emaopt.ema(..., ledger=True).\n"
+            "Leaves of params that are not averaged are those of the newest checkpoint."
+        ),
+        epilog=(
+            "examples:\n"
+            "  emaopt synthesize run                              what is within reach?\n"
+            "  emaopt synthesize run --sigma-rel 0.15 out\n"
+            "  emaopt synthesize run --window 5000 --at 20000 out\n"
+            "  emaopt synthesize run --source fast=decay:0.99 --source slow=decay:0.998 \\\n"
+            "                        --half-life 700 out\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    synthesize.add_argument("run", metavar="RUN", help="a directory with checkpoints of Orbax")
+    synthesize.add_argument(
+        "destination", metavar="OUT", help="a new directory"
+    ).required = False  # nargs="?" would not be looked for after an option
+    target = synthesize.add_mutually_exclusive_group()
+    for option, kind, name, what in (
+        ("--sigma-rel", float, "S", "a power average of this relative width, up to 0.2887"),
+        ("--gamma", float, "G", "a power average of this exponent"),
+        ("--half-life", float, "N", "an average of constant decay; its half-life in updates"),
+        ("--window", _whole(1, 10**9), "N", "the mean of the last N updates"),
+        ("--linear", _whole(1, 10**9), "N", "the same: a learning rate that fell linearly"),
+        (
+            "--one-minus-sqrt",
+            _whole(1, 10**9),
+            "N",
+            "one that fell as 1 - sqrt, in steps of the checkpoints",
+        ),
+    ):
+        target.add_argument(option, type=kind, metavar=name, help=what)
+    synthesize.add_argument(
+        "--at", type=_whole(0, 10**12), metavar="STEP", help="of a checkpoint; default: the newest"
+    )
+    synthesize.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME=DECAY",
+        help="use this average, which was sigma_rel:S, gamma:G, decay:D, half_life:N, warmup:D or "
+        "debiased:D, instead of all that have ledgers; repeatable",
+    )
+    synthesize.add_argument(
+        "--threshold",
+        type=float,
+        default=0.15,
+        metavar="E",
+        help="the predicted error above which nothing is written; default: %(default)s",
+    )
+    synthesize.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the predicted error over sigma_rel"
+    )
+    synthesize.add_argument("--json", action="store_true", dest="as_json", help="for machines")
+
+    def command(**arguments):
+        with _checkpoint_errors(synthesize):
+            try:
+                from emaopt.synthesize._command import command as run
+
+                run(**arguments)
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    f'{error.name} is not installed. pip install "emaopt[posthoc]"'
+                ) from None
+
+    synthesize.set_defaults(command=command)
 
 
 @contextmanager

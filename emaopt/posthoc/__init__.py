@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from emaopt._tree import Tree, check
 
-from ._fit import Average, fit
+from ._fit import Average, fit, snapshots_of
 from ._sum import Sum
 
 
@@ -74,7 +74,7 @@ def anneal(factors: ArrayLike, at: int, every: int = 1) -> np.ndarray:
     first, *falls = whole[:-1] - whole[1:]
     if min(first, *falls) < 0:
         raise ValueError(f"factors={factors} rises. Pass numbers from 1 or less to 0 or more.")
-    each = np.repeat(np.array(falls) / every, _count("every", every))
+    each = np.repeat(np.array(falls) / every, _count("every", every, at))
     fits = lambda t: (t >= len(each)) & (t % 1 == 0)
     check("at", at, fits, f"a whole number of updates, {len(each)} or more")
     return np.concatenate([np.zeros(int(at) - len(each)), [first], each])
@@ -89,7 +89,7 @@ def window(n: int, at: int) -> np.ndarray:
     >>> window(2, at=3).tolist()
     [0.0, 0.0, 0.5, 0.5]
     """
-    return anneal([1.0], at, _count("n", n))
+    return anneal([1.0], at, _count("n", n, at))
 
 
 def one_minus_sqrt(n: int, at: int, every: int = 1) -> np.ndarray:
@@ -104,8 +104,8 @@ def one_minus_sqrt(n: int, at: int, every: int = 1) -> np.ndarray:
     >>> one_minus_sqrt(4, at=4, every=2).round(4).tolist()
     [0.0, 0.3536, 0.3536, 0.1464, 0.1464]
     """
-    fits = lambda e: (e >= 1) & (_count("n", n) % e == 0)
-    check("every", every, fits, f"a divisor of n={n}")
+    divides = lambda e: (e >= 1) & (_count("n", n, at) % e == 0)
+    check("every", every, divides, f"a divisor of n={n}")
     return anneal(1 - np.sqrt(np.arange(0, n, every) / n), at, every)
 
 
@@ -143,14 +143,7 @@ def weights(
     >>> exact.round(12).tolist()
     [-1.0, 2.0]
     """
-    factors, error = fit(steps, gammas, at, target, normalize)
-    if not error <= threshold:
-        raise ValueError(
-            f"target is out of reach: residual {error:.3g} is above threshold={threshold:g}. "
-            "Record more snapshots or a second average; pass a target between the averages "
-            "recorded, or at= the step of a snapshot."
-        )
-    return factors
+    return fit(snapshots_of(steps, gammas), at, target, normalize, threshold)[0]
 
 
 def residual(
@@ -169,7 +162,7 @@ def residual(
     >>> round(residual([4], [0.0], at=4, target=last) ** 2, 12)
     0.75
     """
-    return fit(steps, gammas, at, target, normalize)[1]
+    return fit(snapshots_of(steps, gammas), at, target, normalize)[1]
 
 
 def synthesize(snapshots: Iterable[Tree], weights: ArrayLike) -> Tree:
@@ -203,8 +196,9 @@ def synthesize(snapshots: Iterable[Tree], weights: ArrayLike) -> Tree:
     return total.tree()
 
 
-def _count(name: str, n: int) -> int:
-    check(name, n, lambda n: (n >= 1) & (n % 1 == 0), "a whole number of updates, 1 or more")
+def _count(name: str, n: int, at: int) -> int:
+    fits = lambda n: (n >= 1) & (n <= at) & (n % 1 == 0)
+    check(name, n, fits, f"a whole number of updates, from 1 to at={at}")
     return int(n)
 
 

@@ -20,9 +20,15 @@ Average = float | Callable[[Any], Any]  # the gamma of a power average, or a dec
 Block = tuple[np.ndarray, np.ndarray]
 
 
-def fit(steps: Any, gammas: Any, at: Any, target: Any, normalize: bool) -> tuple[np.ndarray, float]:
-    """The factors, and the residual that they leave."""
-    pairs = [*_snapshots(steps, gammas), (at, _target(target, at, normalize))]
+def fit(
+    snapshots: list[tuple[Any, Average]],
+    at: Any,
+    target: Any,
+    normalize: bool = True,
+    threshold: float = math.inf,
+) -> tuple[np.ndarray, float]:
+    """The factors of snapshots, each a step and an average, and the residual that they leave."""
+    pairs = [*snapshots, (at, _target(target, at, normalize))]
     kinds = {_key(x): x for _, x in pairs}
     discrete = any(not isinstance(x, float) for x in kinds.values())
     for name, of in {"steps": pairs[:-1], "at": pairs[-1:]}.items():
@@ -43,7 +49,14 @@ def fit(steps: Any, gammas: Any, at: Any, target: Any, normalize: bool) -> tuple
     if normalize:
         factors /= factors.sum() or 1
     made = profiles @ (factors * sizes[:-1] / sizes[-1])
-    return factors, float(np.linalg.norm(made - wanted))
+    error = float(np.linalg.norm(made - wanted))
+    if not error <= threshold:
+        raise ValueError(
+            f"target is out of reach: residual {error:.3g} is above threshold={threshold:g}. "
+            "Record more snapshots or a second average; pass a target between the averages "
+            "recorded, or at= the step of a snapshot."
+        )
+    return factors, error
 
 
 def _least_squares(columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -84,7 +97,7 @@ def _by_functions(knots: np.ndarray, gammas: list[float]) -> Iterable[Block]:
 def _by_updates(knots: np.ndarray, kinds: list[Any]) -> Iterable[Block]:
     """Any averages, with a weight for each update: the coordinates are the R of their QR."""
     knots = knots.astype(int)
-    given = [x if isinstance(x, np.ndarray) else _rates(x, knots[-1]) for x in kinds]
+    given = [x if isinstance(x, np.ndarray) else rates_of(x, knots[-1]) for x in kinds]
     for a, b in zip([-1, *knots], knots, strict=False):
         took, keeps = [], []
         for x, each in zip(kinds, given, strict=True):
@@ -102,7 +115,12 @@ def _by_updates(knots: np.ndarray, kinds: list[Any]) -> Iterable[Block]:
         yield _triangle(np.stack(took, axis=1)), np.array(keeps)
 
 
-def _rates(average: Average, t: int) -> np.ndarray:
+def profile_of(average: Any, at: int) -> np.ndarray:
+    """A gamma or a decay as the weights of each update; weights as they are."""
+    return average if isinstance(average, np.ndarray) else shares(rates_of(average, at))
+
+
+def rates_of(average: Average, t: int) -> np.ndarray:
     """What each update takes: of a decay in its own precision, of a gamma in float64."""
     if callable(average):
         return rates(average, int(t))
@@ -116,7 +134,7 @@ _UPDATES = {
 }
 
 
-def _snapshots(steps: Any, gammas: Any) -> list[tuple[Any, Any]]:
+def snapshots_of(steps: Any, gammas: Any) -> list[tuple[Any, Average]]:
     """The step and the average of each snapshot."""
     steps = np.ravel(steps).tolist()
     averages = list(gammas) if isinstance(gammas, Iterable) else [gammas]

@@ -1,0 +1,258 @@
+"""Another average from the checkpoints of a run, after training: `emaopt.posthoc` on disk.
+
+    run = Run("/run")                                # what the averages are, their ledgers say
+    run.write("/out", target=posthoc.gamma(0.15))
+
+Everything but the averages (leaves of `params` that have none, integers) is the newest
+checkpoint's.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils.epath import Path
+from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
+
+from emaopt._tree import check_unique, did_you_mean, is_inexact, key_paths
+from emaopt.checkpoint._index import (
+    STEP,
+    KeyPath,
+    average_nodes,
+    in_shadows,
+    logical,
+    params_in,
+)
+from emaopt.checkpoint._items import inventory, with_digests
+from emaopt.checkpoint._stored import Stored, finished_steps, pick
+from emaopt.posthoc import THRESHOLD
+from emaopt.posthoc._fit import Average, fit, profile_of
+from emaopt.posthoc._sum import Sum
+
+from ._sources import Moments, Source, recognize
+
+
+AT_ONCE = 2**26  # bytes of a snapshot that are read at once
+NEGLIGIBLE = 1e-9  # a factor beside the largest one: less than float32 resolves
+
+
+class Run:
+    """The averages in the checkpoints of a run, up to step `at`: by default, all.
+
+    `sources`: the averages to use, by name, and what each was: a decay, or a gamma. By default all
+    are used, and their ledgers say what they were (`ema(..., ledger=True)`).
+
+    `at`: the updates of the last checkpoint; `steps`: of each of them.
+    """
+
+    def __init__(
+        self, run: Any, at: int | None = None, sources: dict[str, Average | Source] | None = None
+    ):
+        found = finished_steps(Path(run))
+        self.path = pick(found, at, run)
+        steps = sorted(step for step in found if at is None or step <= at)
+        stored = {step: Stored(found[step]) for step in steps}
+        everything = {step: list(_snapshots(stored[step])) for step in steps}
+        self.newest = stored[steps[-1]]
+        self.sources = _sources([s for each in everything.values() for s in each], sources)
+        self.snapshots = []
+        for each in everything.values():
+            used = [s for s in each if s.node in self.sources]
+            if len({s.updates for s in used}) > 1:
+                counts = ", ".join(f"{name_of(s.node)} {s.updates}" for s in used)
+                raise ValueError(
+                    f"the averages in {used[0].stored.path} count different updates: {counts}. "
+                    "Pass a source for those that go together"
+                )
+            self.snapshots += used
+        self.steps = sorted({s.updates for s in self.snapshots})
+        self.at = self.snapshots[-1].updates
+        self.groups: dict[tuple[int, ...], list[KeyPath]] = {}
+        for leaf in sorted({leaf for s in everything[steps[-1]] for leaf in s.paths}):
+            held = tuple(i for i, s in enumerate(self.snapshots) if leaf in s.paths)
+            self.groups.setdefault(held, []).append(leaf)
+        if nowhere := self.groups.get(()):
+            names = ", ".join(map("/".join, nowhere))
+            raise ValueError(f"no source is an average of {names}. Pass one that is")
+
+    def residual(self, target: Average | np.ndarray) -> float:
+        """The predicted error of a target, see `emaopt.posthoc.residual`: of the worst leaf."""
+        return max(error for _, error in self._fits(target, np.inf).values())
+
+    def write(
+        self,
+        destination: Any,
+        target: Average | np.ndarray,
+        threshold: float = THRESHOLD,
+        note: str = "",
+    ) -> float:
+        """Write a checkpoint of Orbax with the item `params`: the target's average. The residual.
+
+        With digests, as `emaopt.checkpoint.export_averages` writes it. In memory are one tree of
+        parameters and, in float64, 64 MB of it (or its largest leaf) at a time.
+        """
+        destination = Path(destination)
+        if destination.exists():
+            raise FileExistsError(f"{destination} exists. Remove it or pass another path")
+        fits = self._fits(target, threshold)
+        residual = max(error for _, error in fits.values())
+        like = self.newest.params_like()
+        names = [logical(path) for path in key_paths(like)]
+        wanted = dict(zip(names, jax.tree.leaves(like), strict=True))
+        in_params = params_in(self.newest.index())
+        others = {name: in_params[name] for name in self.others()}
+        values = _read(self.newest, others)
+        check_unique(["/".join(name) for name in names], wanted.values())
+        total = sum(
+            wanted[leaf].nbytes * np.count_nonzero(factors)
+            for held, (factors, _) in fits.items()
+            for leaf in self.groups[held]
+        )
+        # on a terminal only, if it takes more than 2 seconds
+        with tqdm(
+            total=total, desc="adding up", unit="B", unit_scale=True, delay=2, disable=None
+        ) as bar:
+            for held, (factors, _) in fits.items():
+                snapshots = [self.snapshots[i] for i in held]
+                for part in _parts({leaf: wanted[leaf] for leaf in self.groups[held]}):
+                    values |= _added_up(snapshots, factors, part, bar)
+        params = jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in names])
+        items = with_digests({"params": params})
+        about = {"target": note, "updates": self.at, "residual": residual}
+        metadata = inventory(items) | {"synthesized": about}
+        ocp.save_checkpointables(destination, items, custom_metadata=metadata)
+        return residual
+
+    def others(self) -> list[KeyPath]:
+        """The leaves of `params` that are not averaged."""
+        averaged = {leaf for leaves in self.groups.values() for leaf in leaves}
+        return [leaf for leaf in params_in(self.newest.index()) if leaf not in averaged]
+
+    def _fits(
+        self, target: Average | np.ndarray, threshold: float
+    ) -> dict[tuple[int, ...], tuple[np.ndarray, float]]:
+        """The factors and the residual of each group of leaves."""
+        wanted = profile_of(target, self.at)
+        pairs = [(s.updates, self.sources[s.node].decay) for s in self.snapshots]
+        fits = {}
+        for held in self.groups:
+            factors, error = fit([pairs[i] for i in held], self.at, wanted, threshold=threshold)
+            factors[np.abs(factors) < NEGLIGIBLE * np.abs(factors).max()] = 0
+            fits[held] = factors, error
+        return fits
+
+
+class _Snapshot(NamedTuple):
+    """One average in one checkpoint; `paths`: where its leaves are."""
+
+    stored: Stored
+    node: KeyPath
+    updates: int
+    moments: Moments | None
+    paths: dict[KeyPath, KeyPath]
+
+
+def _snapshots(stored: Stored) -> Iterator[_Snapshot]:
+    """The averages in a checkpoint."""
+    index = stored.index()
+    params, nodes = params_in(index), average_nodes(index)
+    scalars = {
+        node: [index[path] for keys in _SCALARS if (path := (*node, *keys)) in index]
+        for node in nodes
+    }
+    values = _read(stored, {path: path for each in scalars.values() for path in each})
+    paths: dict[KeyPath, dict[KeyPath, KeyPath]] = {node: {} for node in nodes}
+    for path, (leaf, swapped) in in_shadows(index).items():
+        at = params[leaf] if swapped else index[path]
+        if hasattr(stored.leaf(at), "dtype") and is_inexact(stored.leaf(at)):
+            paths[path[: -len(leaf) - 1]][leaf] = at
+    for node in nodes:
+        updates, *ledger = (values[path].item() for path in scalars[node])
+        yield _Snapshot(stored, node, updates, Moments(*ledger) if ledger else None, paths[node])
+
+
+_SCALARS = [(STEP,), *(("ledger", field) for field in Moments._fields)]
+
+
+def _read(stored: Stored, paths: dict[KeyPath, KeyPath]) -> dict[KeyPath, Any]:
+    """Some leaves, verified, on the host; the keys are the caller's names."""
+    wanted: dict[str, dict[KeyPath, Any]] = {}
+    for path in paths.values():
+        like = stored.leaf(path)
+        like = np.empty(like.shape, like.dtype) if hasattr(like, "dtype") else like
+        wanted.setdefault(path[0], {})[path[1:]] = like
+    loaded = {item: stored.load_leaves(item, leaves) for item, leaves in wanted.items()}
+    return {name: loaded[path[0]][path[1:]] for name, path in paths.items()}
+
+
+def _parts(leaves: dict[KeyPath, np.ndarray]) -> Iterator[dict[KeyPath, np.ndarray]]:
+    """The leaves in groups that fit into memory."""
+    part, used = {}, 0
+    for name, leaf in leaves.items():
+        if part and used + leaf.nbytes > AT_ONCE:
+            yield part
+            part, used = {}, 0
+        part[name] = leaf
+        used += leaf.nbytes
+    yield part
+
+
+def _added_up(
+    snapshots: list[_Snapshot], factors: np.ndarray, like: dict[KeyPath, np.ndarray], bar: tqdm
+) -> dict[KeyPath, np.ndarray]:
+    """Some leaves of the sum, in the dtypes of `like`."""
+    total = None
+    for snapshot, factor in zip(snapshots, factors.tolist(), strict=True):
+        if factor:
+            tree = {}
+            for leaf, x in _read(snapshot.stored, {n: snapshot.paths[n] for n in like}).items():
+                wide = np.promote_types(x.dtype, like[leaf].dtype)
+                tree["/".join(leaf)] = x.astype(wide, copy=False)
+            total = total or Sum(tree)
+            total.add(f"{snapshot.stored.path}", tree, factor)
+            bar.update(sum(x.nbytes for x in like.values()))
+    summed = total.tree() if total else {}
+    return {leaf: summed["/".join(leaf)].astype(x.dtype, copy=False) for leaf, x in like.items()}
+
+
+def name_of(node: KeyPath) -> str:
+    """An average's name: its path without the item."""
+    return "/".join(node[1:]) or "ema"
+
+
+def _sources(
+    snapshots: list[_Snapshot], given: dict[str, Average | Source] | None
+) -> dict[KeyPath, Source]:
+    """What each average was."""
+    by_node: dict[KeyPath, list[_Snapshot]] = {}
+    for snapshot in snapshots:
+        by_node.setdefault(snapshot.node, []).append(snapshot)
+    names = {name_of(node): node for node in by_node}
+    sources = {}
+    for name, source in (given or {}).items():
+        meant = [node for node in by_node if set(name.split("/")) <= set(node)]
+        if name not in names and len(meant) != 1:
+            raise ValueError(
+                f"{name!r} is {'no' if not meant else 'more than one'} average."
+                f"{did_you_mean(name, names)} Pass one of {', '.join(names)}"
+            )
+        if not isinstance(source, Source):
+            source = Source("a decay" if callable(source) else f"gamma:{source:.6g}", source)
+        sources[names.get(name) or meant[0]] = source
+    if given:
+        return sources
+    for node, each in by_node.items():
+        ledgers = [s.moments for s in each if s.moments]
+        found = recognize([s.updates for s in each], ledgers) if len(ledgers) == len(each) else None
+        if found is None:
+            why = "has a ledger that fits no simple decay" if ledgers else "has no ledger"
+            raise ValueError(
+                f"average {name_of(node)} {why}. Say what it was: --source "
+                f"{name_of(node)}=half_life:1000, or in Python Run(..., sources=...)"
+            )
+        sources[node] = found
+    if not sources:
+        raise ValueError("the checkpoints hold no average. Save the state of a chain with ema")
+    return sources

@@ -1,0 +1,120 @@
+"""What the averages of a run are: as somebody says, or as their ledgers tell.
+
+A ledger holds three moments of an average's weights. They follow from the decay, and of the decays
+with one parameter, one at most has the moments of all snapshots.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from emaopt._schedules import as_decay, debiased, half_life, shares, warmup
+from emaopt.posthoc import gamma, sigma_rel
+from emaopt.posthoc._fit import Average, rates_of
+
+
+TOLERANCE = 1e-3  # the least residual that anybody would notice
+
+# of the command line, NAME:NUMBER; a power average is its gamma
+_DECAYS: dict[str, Callable[[float], Average]] = {
+    "sigma_rel": gamma,
+    "gamma": float,
+    "decay": as_decay,
+    "half_life": half_life,
+    "warmup": warmup,
+    "debiased": debiased,
+}
+
+
+class Source(NamedTuple):
+    """An average that was recorded, and what to call it."""
+
+    text: str
+    decay: Average
+
+
+class Moments(NamedTuple):
+    """A ledger: the weight of the initial values, mean age in updates, sum of squared weights."""
+
+    initial: float
+    age: float
+    square: float
+
+
+def parse(text: str) -> Source:
+    """A decay of the command line: `sigma_rel:0.05`, `half_life:1000`."""
+    name, _, number = text.partition(":")
+    try:
+        return Source(text, _DECAYS[name](float(number)))
+    except (KeyError, ValueError) as error:
+        why = f": {error}".rstrip(".") if name in _DECAYS else ""
+        known = ", ".join(f"{name}:NUMBER" for name in _DECAYS)
+        raise ValueError(f"{text!r} is no decay{why}. Pass one of {known}") from None
+
+
+def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> Source | None:
+    """The decay that makes these ledgers of so many updates, if it is of one of four kinds."""
+    order = [i for i in np.argsort(steps) if steps[i] > 0]
+    recorded = np.array([ledgers[i] for i in order]).reshape(-1, 3)
+    steps = [int(steps[i]) for i in order]
+    if not (recorded[:, 1] > 0).all() or not steps:  # none but the newest value, or no value at all
+        return None
+
+    def off(source: Source) -> float:
+        own = np.array(list(_moments(source.decay, steps)))
+        return float(np.max(np.abs(own - recorded) / [1, *recorded[-1, 1:]]))
+
+    best = min((_fitted(kind, steps[-1], recorded[-1, 1]) for kind in _KINDS), key=off)
+    return best if off(best) < TOLERANCE else None
+
+
+def _moments(decay: Average, steps: list[int]) -> Iterator[Moments]:
+    """What the ledger says after each of these numbers of updates."""
+    taken = rates_of(decay, steps[-1])
+    initial, age, square = 1.0, 0.0, 1.0
+    for a, b in zip([0, *steps], steps, strict=False):
+        share = shares(taken[a:b])
+        kept = share[0]
+        initial *= kept
+        age = kept * age + share @ np.arange(b - a, -1, -1)
+        square = kept**2 * square + share[1:] @ share[1:]
+        yield Moments(initial, age, square)
+
+
+def _power(age: float, t: int) -> Source:
+    number = max(t / age - 2, -0.99)
+    text = f"gamma:{round(number, 6) + 0.0:.6g}, sigma_rel {sigma_rel(number):.4g}"
+    return Source(text, number)
+
+
+def _constant(age: float, t: int, name: str = "", wrap: Callable = lambda decay: decay) -> Source:
+    number = math.log(2) / math.log1p(1 / age)  # of the decay age / (1 + age)
+    return Source(f"{name}half_life:{number:.6g}", wrap(half_life(number)))
+
+
+# each from about the mean age that it should have after t updates
+_KINDS = (
+    _power,
+    _constant,
+    lambda age, t: _constant(age, t, "warmup of ", warmup),
+    lambda age, t: _constant(age, t, "debiased ", debiased),
+)
+
+
+def _fitted(kind: Callable[[float, int], Source], t: int, age: float) -> Source:
+    """The decay of a kind that has this mean age after t updates, by secants on logarithms."""
+
+    def error(x: float) -> float:
+        *_, moments = _moments(kind(math.exp(x), t).decay, [t])
+        return math.log(moments.age / age)
+
+    x, last = math.log(age) + 0.01, math.log(age)
+    y, before = error(x), error(last)
+    for _ in range(20):
+        if abs(y) < 1e-9 or y == before:
+            break
+        x, last = x - min(max(y * (x - last) / (y - before), -2), 2), x
+        y, before = error(x), y
+    return kind(math.exp(x), t)
