@@ -57,7 +57,11 @@ ROOMS = {
         {"_tree", "_names", "_ema", "_optimizers", "checkpoint", "tf1", "listing"},
         LIGHT | {"etils", "orbax", "tqdm"},
     ),
-    "__main__": ({"", "demo", "listing", "convert"}, set()),
+    "synthesize": (
+        {"_tree", "_schedules", "checkpoint", "posthoc", "listing"},
+        LIGHT | {"etils", "orbax", "tqdm", "matplotlib"},
+    ),
+    "__main__": ({"", "demo", "listing", "convert", "synthesize"}, set()),
     "__init__": (CORE, set()),
 }
 # jax loads etils itself
