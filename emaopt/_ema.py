@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from ._ledger import advance, start as start_ledger
-from ._rounding import Accumulator, add, as_accumulator, round_stochastically
+from ._rounding import Accumulator, add, add_stochastically, as_accumulator
 from ._schedules import DecayLike, as_decay
 from ._tree import (
     Tree,
@@ -150,22 +150,21 @@ def _lerp(name: str, x, s, low, rate, accumulator: Accumulator, step, place: int
     dtype = wide(s.dtype)
     old, x = s.astype(dtype), _widen(x, dtype)
     share = jnp.asarray(rate).astype(dtype)
+    difference = old - x if low is None else (old - x) + low.astype(dtype)
+    increment = -difference * share
+    if accumulator.rounding == "stochastic":
+        increment = _taken(rate, increment, 0, x)
+        new = add_stochastically(_taken(rate, old, old, 0), increment, step, place)
+        return new, None, lambda: (difference != 0) & (increment == 0)
     if low is None:
-        difference = old - x
-        new = _taken(rate, old - difference * share, old, x)
-        if accumulator.rounding == "stochastic":
-            stored, after = round_stochastically(new, step, place), new
-        else:
-            stored = new.astype(s.dtype)
-            after = stored.astype(dtype)
-        return stored, None, lambda: (difference != 0) & (after == old)
+        new = _taken(rate, old + increment, old, x).astype(s.dtype)
+        return new, None, lambda: (difference != 0) & (new == s)
     kept = low.astype(dtype)
-    difference = (old - x) + kept
-    total, lost = add(old, kept, -difference * share)
+    total, lost = add(old, kept, increment)
     total, lost = _taken(rate, total, old, x), _taken(rate, lost, kept, 0)
-    stored = total.astype(s.dtype)
-    left = ((total - stored.astype(dtype)) + lost).astype(s.dtype)
-    return stored, left, lambda: (difference != 0) & (stored == s) & (left == low)
+    new = total.astype(s.dtype)
+    left = ((total - new.astype(dtype)) + lost).astype(s.dtype)
+    return new, left, lambda: (difference != 0) & (new == s) & (left == low)
 
 
 def _taken(rate, new, old, value):

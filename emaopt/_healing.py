@@ -68,7 +68,7 @@ def _mend(before: EmaState, after: EmaState, values: dict, healed: dict) -> EmaS
         shadow[path] = _choose(finite, old, shadow[path], values[path].astype(old.dtype))
         if low.get(path) is not None:
             residue[path] = _choose(finite, low[path], residue[path], 0)
-        healed[path] += ~finite[0] & finite[2]
+        healed[path] += (~finite[0] & finite[2]).astype(jnp.int32)
     return after._replace(
         shadow=_unflatten(after.shadow, shadow), residue=_unflatten(after.residue, residue)
     )

@@ -83,16 +83,29 @@ def add(x: jax.Array, low: jax.Array, increment: jax.Array) -> tuple[jax.Array, 
     return total, (x - (total - part)) + (increment - part)
 
 
-def round_stochastically(x: jax.Array, step: jax.Array, leaf: int) -> jax.Array:
-    """float32 as bfloat16: random bits are added below the last place, and the sum is cut off.
+def add_stochastically(x: jax.Array, increment: jax.Array, step: jax.Array, leaf: int) -> jax.Array:
+    """`x + increment` as bfloat16, up or down by chance; both float32, x a number of bfloat16.
 
-    A number that bfloat16 holds stays what it is.
+    In units in the last place of bfloat16, where x is whole and the increment keeps all its bits:
+    added to x first, it would be rounded to float32, and that rounding is not by chance.
     """
-    seed = _hash(_hash(step.astype(jnp.uint32)) ^ jnp.uint32(leaf))
-    noise = _hash(_place(x.shape) ^ seed) >> 16
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-    rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+    top = jnp.maximum(jnp.abs(x), jnp.abs(x + increment))
+    exponent = jax.lax.bitcast_convert_type(top, jnp.uint32) & jnp.uint32(0x7F800000)
+    exponent = jnp.maximum(exponent, jnp.uint32(8 << 23))  # a unit is never below normal numbers
+    unit = jax.lax.bitcast_convert_type(exponent - jnp.uint32(7 << 23), jnp.float32)
+    per_unit = jax.lax.bitcast_convert_type(jnp.uint32((254 + 7) << 23) - exponent, jnp.float32)
+    whole = jnp.floor(x * per_unit)
+    part = (x * per_unit - whole) + increment * per_unit
+    rounded = (whole + jnp.floor(part + _uniform(x.shape, step, leaf))) * unit
+    rounded = jnp.where((increment == 0) | ~jnp.isfinite(top), x + increment, rounded)
+    return rounded.astype(jnp.bfloat16)
+
+
+def _uniform(shape: tuple[int, ...], step: jax.Array, leaf: int) -> jax.Array:
+    """Numbers from 0 to below 1, float32: a hash of the step, the leaf and the place in it."""
+    seed = _hash(_hash(step.astype(jnp.uint32)) + jnp.uint32((leaf + 1) * 0x9E3779B9 % 2**32))
+    bits = _hash(_place(shape) ^ seed) >> 8
+    return bits.astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def _place(shape: tuple[int, ...]) -> jax.Array:
