@@ -134,10 +134,10 @@ def weights(
     a Gram matrix loses. Exact weights take (averages + 1) * 8 bytes per update, however many
     snapshots there are: for 10**6 updates a second.
 
-    A `residual` above `threshold` is an error. Noise that is independent from update to update
-    stays in the sum with 1 + residual**2 times the variance that it has in the target: at 0.15, 2 %
-    more. From averages of sigma_rel 0.05 and 0.10, four snapshots are enough for 0.033 to 0.167,
-    and 64 for 0.008 to the plain mean.
+    A `residual` above `threshold` is an error. If the parameters were noise, independent from
+    update to update, the sum would be off by `residual` times the target's own standard deviation:
+    at 0.15, hardly an error. From averages of sigma_rel 0.05 and 0.10, four snapshots are enough
+    for 0.033 to 0.167, and 64 for 0.008 to the plain mean.
 
     >>> exact = weights([2, 4], [0.0], at=4, target=window(2, at=4))  # (4 * m_4 - 2 * m_2) / 2
     >>> exact.round(12).tolist()

@@ -16,6 +16,8 @@ from emaopt._tree import check
 
 
 Average = float | Callable[[Any], Any]  # the gamma of a power average, or a decay
+# what float32 snapshots do not tell apart; factors that hang on less would only multiply noise
+NOISE = 1e-7
 # of an interval: the coordinates of what each average took, what each kept of all before
 Block = tuple[np.ndarray, np.ndarray]
 
@@ -31,8 +33,8 @@ def fit(
     pairs = [*snapshots, (at, _target(target, at, normalize))]
     kinds = {_key(x): x for _, x in pairs}
     discrete = any(not isinstance(x, float) for x in kinds.values())
-    for name, of in {"steps": pairs[:-1], "at": pairs[-1:]}.items():
-        check(name, [step for step, _ in of], *_UPDATES[discrete])
+    check("at", at, *_UPDATES[discrete])
+    check("steps", sorted({step for step, _ in snapshots}), *_UPDATES[discrete])
     knots, last = np.unique([step for step, _ in pairs], return_inverse=True)
     blocks = (_by_updates if discrete else _by_functions)(knots, list(kinds.values()))
     kind = np.array([list(kinds).index(_key(x)) for _, x in pairs])
@@ -63,8 +65,8 @@ def _least_squares(columns: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """By QR and corrected seminormal equations, which keep the digits of the smallest factors."""
     newest_first = columns[:, ::-1]
     triangle = _triangle(newest_first)
-    if len(triangle) < columns.shape[1] or np.abs(triangle.diagonal()).min() < 1e-8:
-        return np.linalg.lstsq(columns, wanted)[0]  # dependent: the smallest of all that fit
+    if len(triangle) < columns.shape[1] or np.abs(triangle.diagonal()).min() < NOISE:
+        return np.linalg.lstsq(columns, wanted, rcond=NOISE)[0]
     factors = np.zeros(columns.shape[1])
     for _ in range(2):
         gradient = newest_first.T @ (wanted - newest_first @ factors)
