@@ -7,7 +7,7 @@ float64 that sees the same values. Two kinds of values: parameters that train (a
 noise from step to step), and the quiet end of a training run (constant values, 0.1 % away from
 where the average starts). The way is what the float64 average moved. Error: the distance to it as a
 share of the way. Followed: the part of the way that was gone, noise left out (the projection).
-Rewrites precision.md and the part of the README between its precision marks.
+Rewrites precision.md and the part of docs/averaging.md between its precision marks.
 """
 
 import re
@@ -40,9 +40,9 @@ def main() -> None:
     }
     text = table(found)
     (HERE / "precision.md").write_text(f"# Precision\n\n{text}\n")
-    readme = HERE.parent / "README.md"
+    guide = HERE.parent / "docs/averaging.md"
     marks = r"(<!-- precision -->\n).*(<!-- /precision -->)"
-    readme.write_text(re.sub(marks, rf"\1{text}\n\2", readme.read_text(), flags=re.DOTALL))
+    guide.write_text(re.sub(marks, rf"\1{text}\n\2", guide.read_text(), flags=re.DOTALL))
     print(text)
 
 
