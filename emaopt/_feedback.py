@@ -1,6 +1,5 @@
 """Averages fed back into training."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -49,8 +48,7 @@ def overwrite(
     def update(updates, state, params=None, **extra):
         updates, state = inner.update(updates, state, params, **extra)
         goal = average_of(params, state, name)
-        found = averages(state)
-        step = found[name or next(iter(found))].step
+        step = next(iter(averages(state).values())).step
         now = step % jnp.asarray(n, step.dtype) == 0
         feed = lambda p, u, a: u if a is p else _feed(p, u, a, now)
         return tree_map(feed, params=params, updates=updates, average=goal), state
@@ -62,10 +60,6 @@ def _feed(p, u, a, now):
     """The update of one leaf that has an average."""
     if u is None or not (is_inexact(p) and is_inexact(u)):
         return u
-    dtype = jnp.result_type(p)
-    if wide(dtype) != dtype:
-        # XLA leaves out the rounding to `dtype`, and the sum would be rounded twice
-        form = jnp.finfo(dtype)
-        a = jax.lax.reduce_precision(a.astype(wide(dtype)), form.nexp, form.nmant)
-    difference = a - jnp.asarray(p).astype(a.dtype)
+    dtype = wide(jnp.result_type(p))
+    difference = a.astype(dtype) - jnp.asarray(p).astype(dtype)
     return jnp.where(now, difference.astype(jnp.result_type(u)), u)

@@ -69,13 +69,18 @@ HALF, BRAIN, SINGLE = "float16", "bfloat16", "float32"
     ("dtype", "updates"),
     [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE), (SINGLE, BRAIN)],
 )
-def test_an_average_is_met_to_one_rounding_of_its_difference_and_exactly_nearby(dtype, updates):
+@pytest.mark.parametrize("take", [step, step.__wrapped__], ids=["jit", "op_by_op"])
+def test_an_average_is_met_to_one_rounding_of_its_difference_and_exactly_nearby(
+    dtype, updates, take
+):
     rng = np.random.default_rng(0)
     numbers = rng.choice([-1, 1], (2, 10000)) * rng.uniform(1, 2, (2, 10000))
-    p, a = (jnp.asarray(x, dtype) for x in np.ldexp(numbers, rng.integers(-4, 4, (2, 10000))))
+    p, shadow = np.ldexp(numbers, rng.integers(-4, 4, (2, 10000)))
+    p, shadow = jnp.asarray(p, dtype), jnp.asarray(shadow, SINGLE)
     tx = emaopt.overwrite(1, emaopt.ema(1.0))
-    opt_state = tx.init(p)._replace(shadow=a.astype(SINGLE))
-    new, _ = step(tx, p, opt_state, jnp.zeros(p.shape, updates))
+    opt_state = tx.init(p)._replace(shadow=shadow)
+    a = emaopt.average(p, opt_state)
+    new, _ = take(tx, p, opt_state, jnp.zeros(p.shape, updates))
     assert new.dtype == dtype
     new, p, a = (np.asarray(x.astype(SINGLE), np.float64) for x in (new, p, a))
     ulp = np.exp2(np.frexp(a - p)[1] - 1) * float(jnp.finfo(updates).eps)

@@ -99,6 +99,13 @@ def test_recalibrated_statistics_are_the_means_over_the_batches(momentum, rtol):
     assert forward._cache_size() == 1
 
 
+def test_a_large_statistic_does_not_hide_the_momentum():
+    batches = 1e3 * BATCHES
+    forward = jax.jit(lambda old, batch: 0.99 * old + (1 - 0.99) * jnp.var(batch, axis=0))
+    got = emaopt.recalibrate(forward, jnp.ones(5), batches)
+    np.testing.assert_allclose(got, batches.var(1).mean(0), rtol=6e-6)
+
+
 def test_what_training_left_does_not_matter():
     forward = linen_forward({"a": 0.9, "b": 0.99})
     poisoned = jax.tree.map(lambda x: x * jnp.nan, left_by_training())
