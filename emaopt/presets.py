@@ -1,10 +1,11 @@
 """The averages of other libraries: a decay for each, under that library's argument names.
 
 `emaopt.ema(presets.diffusers(use_ema_warmup=True))` gives diffusers' averages, update by update. A
-preset is a decay like any other, so t = 1 is the library's first averaging call after the first
-optimizer step, and everything else a library does beside (overwriting, copying buffers) is not part
-of it. Where a library does not do what it documents, the preset does what is documented: the
-"Differs" of its docstring, and the table in docs/peers.md.
+preset is a decay like any other: t = 1 is the library's first averaging call, after the first
+optimizer step, and what a library does beside averaging (overwriting, copying buffers) is not part
+of it. Where a library does not do what it documents, the preset does what is documented: "Differs"
+in its docstring, and docs/peers.md. In bfloat16 nearly all differ: at a decay near 1 their averages
+stand still. Those of 16-bit parameters are float32 here.
 """
 
 import math
@@ -56,8 +57,8 @@ def tfa(average_decay: float = 0.99, start_step: int = 0, dynamic_decay: bool = 
     `min(average_decay, (1 + n) / (10 + n))` of n = 0, 1, ..., the updates before this one since
     start_step: it begins with 1/10 where TF1 begins with 2/11. TensorFlow Addons 0.23.0.
 
-    Differs: its num_updates is read only once, in the constructor. `tf1(decay, num_updates=True)`
-    has a count that moves.
+    Differs: it reads num_updates once, in its constructor; `tf1(decay, num_updates=True)` has a
+    count that moves.
 
     >>> round(float(tfa(dynamic_decay=True)(1)), 4)
     0.1
@@ -202,8 +203,8 @@ def ema_pytorch_karras(
     the n-th value. (One later than in the paper, `edm2`, which matters only in the first updates.)
     ema-pytorch 0.8.3.
 
-    Differs: its n is the number of updates, not of values. With update_every above 1 the average
-    is wider than the sigma_rel asked for, up to standing still at the first value.
+    Differs: its n counts all updates, so that with update_every above 1 the average is wider than
+    asked for, and with the default most of it is the first value.
 
     >>> [round(float(ema_pytorch_karras(gamma=0, update_every=2)(t)), 4) for t in (1, 2, 3, 4, 5)]
     [0.0, 1.0, 0.6667, 1.0, 0.75]
@@ -217,8 +218,8 @@ def ema_pytorch_karras(
         raise ValueError(
             f"sigma_rel={sigma_rel} and gamma={gamma}: one follows from the other. Pass one."
         )
-    later = Decay(lambda t: paper.rate(t + 2), lambda t, n: paper.over(t + 2, n))
-    return _each(update_every, after(1, later))
+    over = lambda t, n: paper.over(t + 2, n)
+    return _each(update_every, after(1, Decay(lambda t: over(t, 1), over)))
 
 
 def edm2(std: float) -> Decay:
@@ -261,9 +262,6 @@ def edm2_traditional(
 def optax(step_size: float) -> Decay:
     """Optax's `incremental_update(params, average, step_size)`: `1 - step_size`. Optax 0.2.8.
 
-    Differs: in bfloat16, `1 - step_size` rounds to 1, and the average grows or stands still. Here
-    averages of 16-bit parameters are float32.
-
     >>> float(optax(0.25)(1))
     0.75
     """
@@ -273,8 +271,6 @@ def optax(step_size: float) -> Decay:
 
 def nnx(decay: float) -> Decay:
     """Flax' `nnx.EMA`: decay, from the first update. Flax 0.12.8.
-
-    Differs: in bfloat16, as `optax`.
 
     >>> float(nnx(0.75)(1))
     0.75

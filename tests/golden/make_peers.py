@@ -87,16 +87,19 @@ CASES = [
     ("nnx", {"decay": 0.9}),
     ("nnx", {"decay": 0.9999}),
 ]
+EVERY_UPDATE = {"update_after_step": 0, "update_every": 1}
 # where a library does not do what it documents: the same records, of what it does
 DEFECTS = [
     ("tf1_debiases_a_ramp_with_its_newest_decay", {"decay": 0.9999}),
     ("tfa_reads_num_updates_once", {"average_decay": 0.9}),
-    ("tfa_swa_is_zero_at_first", {"start_averaging": 20, "average_period": 10}),
     ("keras_counts_micro_steps", {"ema_momentum": 0.9}),
     ("keras_resumes_from_zero", {"ema_momentum": 0.9}),
-    ("keras_in_bfloat16", {"ema_momentum": 0.999}),
     ("timm_without_step", {"decay": 0.9, "update_after_step": 10, "use_warmup": True}),
     ("ema_pytorch_karras_counts_updates", {"sigma_rel": 0.1, "update_every": 10}),
+    ("keras_in_bfloat16", {"ema_momentum": 0.999}),
+    ("torch_in_bfloat16", {"decay": 0.999}),
+    ("diffusers_in_bfloat16", {"decay": 0.999, "min_decay": 0.999}),
+    ("ema_pytorch_in_bfloat16", {"beta": 0.999, "min_value": 0.999, **EVERY_UPDATE}),
     ("optax_in_bfloat16", {"step_size": 0.001}),
     ("nnx_in_bfloat16", {"decay": 0.999}),
 ]
@@ -108,7 +111,7 @@ LIBRARIES = {  # the distribution that a case needs, and how its version begins
     "timm": ("timm", ""),
     "diffusers": ("diffusers", ""),
     "ema_pytorch": ("ema-pytorch", ""),
-    "edm2": ("numpy", "2."),
+    "edm2": ("numpy", "2."),  # the formulas of its papers
     "optax": ("optax", ""),
     "nnx": ("flax", ""),
 }
@@ -117,13 +120,18 @@ ACCUMULATED = 4
 
 def values():
     """The parameters, [updates + 1, 2]; any two differ by what float32 holds exactly."""
-    steps = np.random.RandomState(SEED).randn(UPDATES + 1, 2)
-    return np.round(np.cumsum(steps, axis=0) * 64) / 64
+    return np.round(np.random.RandomState(SEED).randn(UPDATES + 1, 2) * 64) / 64
 
 
 def as_bfloat16():
     """The parameters of the cases in bfloat16: 2 after the first update, then 1."""
     return np.array([[2.0, 2.0], [2.0, 2.0]] + [[1.0, 1.0]] * (UPDATES - 1))
+
+
+def wide(x):
+    """An array, as float32 if it is bfloat16."""
+    x = np.asarray(x)
+    return x if x.dtype == np.float64 else x.astype(np.float32)
 
 
 def library(name):
@@ -195,9 +203,6 @@ def tfa_swa(feed, **arguments):
     return _addons(feed, addons.optimizers.SWA(sgd, **arguments))
 
 
-tfa_swa_is_zero_at_first = tfa_swa
-
-
 def keras(feed, dtype="float64", repeat=1, iterations=0, **arguments):
     import jax
 
@@ -213,7 +218,7 @@ def keras(feed, dtype="float64", repeat=1, iterations=0, **arguments):
     for old, new in zip(feed, feed[1:]):
         for _ in range(repeat):
             optimizer.apply([jax.numpy.asarray(old - new, dtype)], [v])
-            rows.append(np.asarray(optimizer._model_variables_moving_average[0].value, float))
+            rows.append(wide(optimizer._model_variables_moving_average[0].value))
         assert (np.asarray(v.value, float) == new).all()
     return rows
 
@@ -230,11 +235,11 @@ def keras_in_bfloat16(feed, **arguments):
     return keras(as_bfloat16(), dtype="bfloat16", **arguments)
 
 
-def _module(feed):
+def _module(feed, dtype="float64"):
     import torch
 
     module = torch.nn.Module()
-    module.w = torch.nn.Parameter(torch.tensor(feed[0]))
+    module.w = torch.nn.Parameter(torch.tensor(feed[0], dtype=getattr(torch, dtype)))
     return module
 
 
@@ -246,14 +251,15 @@ def _follow(feed, module, update, read):
         with torch.no_grad():
             module.w.copy_(torch.tensor(new))
         update()
-        rows.append(read().detach().numpy().copy())
+        average = read().detach()
+        rows.append(wide(average.float() if average.dtype == torch.bfloat16 else average.clone()))
     return rows
 
 
-def torch(feed, decay=None):
+def torch(feed, decay=None, dtype="float64"):
     from torch.optim import swa_utils
 
-    module = _module(feed)
+    module = _module(feed, dtype)
     function = swa_utils.get_ema_avg_fn() if decay is None else swa_utils.get_ema_avg_fn(decay)
     average = swa_utils.AveragedModel(module, avg_fn=function)
     update = lambda: average.update_parameters(module)
@@ -283,21 +289,33 @@ def timm_without_step(feed, **arguments):
     return timm(feed, counted=False, **arguments)
 
 
-def diffusers(feed, **arguments):
+def torch_in_bfloat16(feed, **arguments):
+    return torch(as_bfloat16(), dtype="bfloat16", **arguments)
+
+
+def diffusers(feed, dtype="float64", **arguments):
     from diffusers.training_utils import EMAModel
 
-    module = _module(feed)
+    module = _module(feed, dtype)
     average = EMAModel(module.parameters(), **arguments)
     update = lambda: average.step(module.parameters())
     return _follow(feed, module, update, lambda: average.shadow_params[0])
 
 
-def ema_pytorch(feed, kind="EMA", **arguments):
+def diffusers_in_bfloat16(feed, **arguments):
+    return diffusers(as_bfloat16(), "bfloat16", **arguments)
+
+
+def ema_pytorch(feed, kind="EMA", dtype="float64", **arguments):
     import ema_pytorch
 
-    module = _module(feed)
+    module = _module(feed, dtype)
     average = getattr(ema_pytorch, kind)(module, **arguments)
     return _follow(feed, module, average.update, lambda: average.ema_model.w)
+
+
+def ema_pytorch_in_bfloat16(feed, **arguments):
+    return ema_pytorch(as_bfloat16(), dtype="bfloat16", **arguments)
 
 
 def ema_pytorch_karras(feed, **arguments):
@@ -339,7 +357,7 @@ def optax(feed, dtype="float64", **arguments):
     update = jax.jit(lambda new, old: optax.incremental_update(new, old, **arguments))
     for new in feed[1:]:
         average = update(jax.numpy.asarray(new, dtype), average)
-        rows.append(np.asarray(average, float))
+        rows.append(wide(average))
     return rows
 
 
@@ -357,7 +375,7 @@ def nnx(feed, dtype="float64", **arguments):
     rows = []
     for new in feed[1:]:
         average.update({"w": nnx.Param(jax.numpy.asarray(new, dtype))})
-        rows.append(np.asarray(average.params["w"][...], float))
+        rows.append(wide(average.params["w"][...]))
     return rows
 
 
