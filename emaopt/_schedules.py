@@ -156,6 +156,10 @@ def inverse_gamma(
 def half_life(updates: float) -> Decay:
     """The decay `0.5**(1 / updates)`: after so many updates a value counts half.
 
+    Of a half-life in samples or tokens, `half_life(samples / samples_per_update)`; an update of
+    `optax.MultiSteps` has the samples of all its batches. The average is then as long for every
+    batch size and accumulation, and `every` keeps its length.
+
     >>> float(half_life(1)(7)), round(float(half_life(2)(7)) ** 2, 4)
     (0.5, 0.5)
     """
