@@ -18,7 +18,16 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._tree import Tree, describe, key_paths
 
 from ._digest import DIGESTS, damaged
-from ._index import SHADOW, Index, KeyPath, average_nodes, logical, root_for, root_of_params
+from ._index import (
+    SHADOW,
+    Index,
+    KeyPath,
+    average_nodes,
+    in_shadows,
+    logical,
+    root_for,
+    root_of_params,
+)
 from ._leaf import as_stored, like_leaf, same_kind, shape
 
 
@@ -158,8 +167,9 @@ class Stored:
         tree = self.trees[root[0]]
         for key in root[1:]:
             tree = tree[int(key) if isinstance(tree, (list, tuple)) else key]
-        sources = self.averages([logical(path) for path in key_paths(tree)], None)
-        like = [sources[logical(path)].param for path in key_paths(tree)]
+        raw = {leaf: at for at, (leaf, swapped) in in_shadows(index).items() if swapped}
+        names = [logical(path) for path in key_paths(tree)]
+        like = [self.leaf(index[raw.get(name, (*root, *name))]) for name in names]
         return jax.tree.unflatten(
             jax.tree.structure(tree), [np.empty(x.shape, x.dtype) for x in like]
         )

@@ -7,7 +7,7 @@ Everything but the averages (leaves of `params` that have none, integers) is the
 checkpoint's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -57,11 +57,12 @@ class Run:
         everything = {step: list(_snapshots(stored[step])) for step in steps}
         self.newest = stored[steps[-1]]
         self.sources = _sources([s for each in everything.values() for s in each], sources)
+        self.names = _names(self.sources)
         self.snapshots = []
         for each in everything.values():
             used = [s for s in each if s.node in self.sources]
             if len({s.updates for s in used}) > 1:
-                counts = ", ".join(f"{name_of(s.node)} {s.updates}" for s in used)
+                counts = ", ".join(f"{self.names[s.node]} {s.updates}" for s in used)
                 raise ValueError(
                     f"the averages in {used[0].stored.path} count different updates: {counts}. "
                     "Pass a source for those that go together"
@@ -217,9 +218,14 @@ def _added_up(
     return {leaf: summed["/".join(leaf)].astype(x.dtype, copy=False) for leaf, x in like.items()}
 
 
-def name_of(node: KeyPath) -> str:
-    """An average's name: its path without the item."""
-    return "/".join(node[1:]) or "ema"
+def _names(nodes: Iterable[KeyPath]) -> dict[KeyPath, str]:
+    """What to call each average: what its path does not share with all the others."""
+    nodes = list(nodes)
+    shared = set.intersection(*map(set, nodes)) if nodes else set()
+    own = {node: [key for key in node if key not in shared] or node[-1:] for node in nodes}
+    return {
+        n: "ema" if keys[-1] in ("", "opt_state") else "/".join(keys) for n, keys in own.items()
+    }
 
 
 def _sources(
@@ -229,18 +235,19 @@ def _sources(
     by_node: dict[KeyPath, list[_Snapshot]] = {}
     for snapshot in snapshots:
         by_node.setdefault(snapshot.node, []).append(snapshot)
-    names = {name_of(node): node for node in by_node}
+    names = _names(by_node)
+    called = {name: node for node, name in names.items()}
     sources = {}
     for name, source in (given or {}).items():
         meant = [node for node in by_node if set(name.split("/")) <= set(node)]
-        if name not in names and len(meant) != 1:
+        if name not in called and len(meant) != 1:
             raise ValueError(
                 f"{name!r} is {'no' if not meant else 'more than one'} average."
-                f"{did_you_mean(name, names)} Pass one of {', '.join(names)}"
+                f"{did_you_mean(name, called)} Pass one of {', '.join(called)}"
             )
         if not isinstance(source, Source):
             source = Source("a decay" if callable(source) else f"gamma:{source:.6g}", source)
-        sources[names.get(name) or meant[0]] = source
+        sources[called.get(name) or meant[0]] = source
     if given:
         return sources
     for node, each in by_node.items():
@@ -249,8 +256,8 @@ def _sources(
         if found is None:
             why = "has a ledger that fits no simple decay" if ledgers else "has no ledger"
             raise ValueError(
-                f"average {name_of(node)} {why}. Say what it was: --source "
-                f"{name_of(node)}=half_life:1000, or in Python Run(..., sources=...)"
+                f"average {names[node]} {why}. Say what it was: --source "
+                f"{names[node]}=half_life:1000, or in Python Run(..., sources=...)"
             )
         sources[node] = found
     if not sources:

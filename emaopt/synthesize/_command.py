@@ -13,7 +13,7 @@ from emaopt.listing import absolute
 from emaopt.posthoc import gamma, one_minus_sqrt, sigma_rel, window
 from emaopt.posthoc._fit import profile_of
 
-from . import Run, name_of
+from . import Run
 from ._sources import parse
 
 
@@ -56,7 +56,7 @@ def command(
         "run": str(absolute(run)),
         "at": recorded.at,
         "checkpoints": len(recorded.steps),
-        "averages": {name_of(node): source.text for node, source in recorded.sources.items()},
+        "averages": {recorded.names[n]: source.text for n, source in recorded.sources.items()},
         "threshold": threshold,
     }
     if not wanted:
@@ -154,7 +154,7 @@ def _draw(run: Run, threshold: float, file: Path) -> None:
             at = sigma_rel(source.decay), 0.98
             axes.axvline(at[0], color="0.8", lw=1, zorder=0)
             across = {"rotation": 90, "ha": "right", "va": "top", "color": "0.4"}
-            axes.text(*at, name_of(node), transform=axes.get_xaxis_transform(), **across)
+            axes.text(*at, run.names[node], transform=axes.get_xaxis_transform(), **across)
     ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, longest]
     axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
     axes.minorticks_off()
