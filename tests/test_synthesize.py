@@ -1,0 +1,366 @@
+"""`emaopt synthesize`: what is read from a run, written, listed, drawn and refused."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+import emaopt
+from emaopt import checkpoint, posthoc
+from emaopt.__main__ import main
+from emaopt.posthoc._fit import profile_of
+from emaopt.synthesize import Run
+from emaopt.synthesize._sources import Moments, recognize
+
+
+PARAMS = {
+    "dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2, jnp.bfloat16)},
+    "frozen": jnp.full(2, 7.0),
+    "n": jnp.int32(0),
+}
+T, EVERY = 160, 40
+FAST, SLOW = posthoc.gamma(0.05), posthoc.gamma(0.1)
+not_frozen = emaopt.matching("dense|^n$")
+
+
+def power(gamma, **options):
+    return emaopt.ema(emaopt.power(gamma), ledger=True, **options)
+
+
+OPTIMIZERS = {
+    "two": optax.named_chain(
+        ("fast", optax.masked(power(FAST), not_frozen)),
+        ("slow", optax.masked(power(SLOW), not_frozen)),
+    ),
+    "plain": optax.named_chain(("a", emaopt.ema(0.9)), ("b", emaopt.ema(0.97))),
+    "some": optax.named_chain(
+        ("all", power(SLOW)), ("kernels", optax.masked(power(FAST), emaopt.matching("kernel")))
+    ),
+    "narrow": optax.named_chain(("only", power(SLOW, accumulator_dtype=jnp.bfloat16))),
+    "hidden": optax.named_chain(
+        ("mean", emaopt.ema(emaopt.after(30, emaopt.power(0)), ledger=True))
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of one trajectory, by optimizer; and the trajectory, float64 [T + 1, ...] by leaf."""
+    root = tmp_path_factory.mktemp("runs")
+    noise = np.random.default_rng(0).standard_normal((T, 8)).astype(np.float32)
+
+    @jax.jit
+    def step(params, states, noise):
+        updates = {
+            "dense": {"kernel": noise[:6].reshape(3, 2), "bias": noise[6:].astype(jnp.bfloat16)},
+            "frozen": jnp.zeros(2),
+            "n": jnp.int32(1),
+        }
+        states = {n: tx.update(updates, states[n], params)[1] for n, tx in OPTIMIZERS.items()}
+        return optax.apply_updates(params, updates), states
+
+    params, states = PARAMS, {n: tx.init(PARAMS) for n, tx in OPTIMIZERS.items()}
+    path = [params]
+    writers = {n: ocp.training.Checkpointer(str(root / n)) for n in OPTIMIZERS if n != "plain"}
+    for t in range(1, T + 1):
+        params, states = step(params, states, noise[t - 1])
+        path.append(params)
+        if t % EVERY:
+            continue
+        ocp.save(root / "plain" / str(t), {"params": params, "opt_state": states["plain"]})
+        for name, writer in writers.items():
+            average = {"two": "fast", "some": "all"}.get(name)
+            checkpoint.save(writer, t, params, states[name], name=average, seed=t)
+    for writer in writers.values():
+        writer.close()
+    stacked = jax.tree.map(lambda *xs: np.stack(xs).astype(np.float64), *(p["dense"] for p in path))
+    return root, stacked
+
+
+def run(capsys, *arguments):
+    main(["synthesize", *map(str, arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+TWO = [emaopt.power(FAST), emaopt.power(SLOW)]
+CASES = [
+    ("two", "--sigma-rel 0.15", posthoc.gamma(0.15), TWO, T),
+    ("two", "--gamma 5", 5.0, TWO, T),
+    ("two", "--half-life 8", emaopt.half_life(8), TWO, T),
+    ("two", "--threshold 0.5 --window 40", posthoc.window(40, T), TWO, T),
+    ("two", "--threshold 0.5 --linear 40", posthoc.window(40, T), TWO, T),
+    ("two", "--threshold 0.5 --one-minus-sqrt 80", posthoc.one_minus_sqrt(80, T, EVERY), TWO, T),
+    ("two", "--at 120 --sigma-rel 0.12", posthoc.gamma(0.12), TWO, 120),
+    ("two", "--source slow=sigma_rel:0.1 --gamma 6", 6.0, TWO[1:], T),
+    ("plain", "--source a=decay:0.9 --source b=decay:0.97 --half-life 12", emaopt.half_life(12),
+     [lambda t: jnp.float32(0.9), lambda t: jnp.float32(0.97)], T),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "target", "decays", "at"), CASES)
+def test_the_average_is_written_with_the_predicted_error(
+    name, options, target, decays, at, runs, tmp_path, capsys
+):
+    root, path = runs
+    told = run(capsys, root / name, *options.split(), tmp_path / "out")
+    steps = list(range(EVERY, at + 1, EVERY))
+    wanted = profile_of(target, at)
+    factors = posthoc.weights(steps, decays, at=at, target=wanted, threshold=0.5)
+    columns = [np.pad(emaopt.profile(d, t), (0, at - t)) for t in steps for d in decays]
+    off = factors @ columns - wanted
+    assert told["residual"] == pytest.approx(np.linalg.norm(off) / np.linalg.norm(wanted), rel=1e-3)
+    made = checkpoint.restore_averages(tmp_path / "out", PARAMS)
+    again = ocp.load(tmp_path / "out", PARAMS, checkpointable_name="params")
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, made, again))
+    assert jax.tree.map(jnp.result_type, made) == jax.tree.map(jnp.result_type, PARAMS)
+    direct = np.tensordot(wanted, path["kernel"][: at + 1], 1)
+    predicted = direct + np.tensordot(off, path["kernel"][: at + 1], 1)
+    np.testing.assert_allclose(made["dense"]["kernel"], predicted, atol=2e-5)
+    bias = np.tensordot(wanted + off, path["bias"][: at + 1], 1)
+    np.testing.assert_allclose(np.float64(made["dense"]["bias"]), bias, rtol=2**-8, atol=1e-5)
+    np.testing.assert_array_equal(made["frozen"], [7.0, 7.0])
+    assert made["n"] == at
+
+
+def test_each_leaf_is_made_of_the_averages_that_hold_it(runs, tmp_path, capsys):
+    root, path = runs
+    target = emaopt.power(posthoc.gamma(0.09))
+    told = run(capsys, root / "some", "--sigma-rel", 0.09, tmp_path / "out")
+    made = checkpoint.restore_averages(tmp_path / "out", PARAMS)
+    steps, wanted = range(EVERY, T + 1, EVERY), emaopt.profile(target, T)
+    for leaf, decays in {"kernel": [TWO[1], TWO[0]], "bias": [TWO[1]]}.items():
+        factors = posthoc.weights(steps, decays, at=T, target=target)
+        columns = [np.pad(emaopt.profile(d, t), (0, T - t)) for t in steps for d in decays]
+        expected = np.tensordot(factors @ columns, path[leaf], 1)
+        found = np.float64(made["dense"][leaf])
+        np.testing.assert_allclose(found, expected, rtol=2**-8, atol=2e-5)
+    one = posthoc.residual(steps, TWO[1:], at=T, target=wanted)
+    assert told["residual"] == pytest.approx(one, rel=1e-3)
+    assert one > 2 * posthoc.residual(steps, TWO, at=T, target=wanted)
+
+
+def test_narrow_averages_are_added_up_in_the_parameters_dtype(runs, tmp_path):
+    Run(runs[0] / "narrow").write(tmp_path / "out", posthoc.gamma(0.12))
+    kernel = checkpoint.restore_averages(tmp_path / "out", PARAMS)["dense"]["kernel"]
+    assert kernel.dtype == jnp.float32
+    assert not np.array_equal(kernel, kernel.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_in_parts_it_is_the_same(runs, tmp_path, monkeypatch):
+    outs = [tmp_path / "whole", tmp_path / "parts"]
+    for out, size in zip(outs, (2**26, 1), strict=True):
+        monkeypatch.setattr("emaopt.synthesize.AT_ONCE", size)
+        Run(runs[0] / "two").write(out, posthoc.gamma(0.15))
+    whole, parts = (checkpoint.restore_averages(out, PARAMS) for out in outs)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, parts))
+
+
+def test_from_python_any_decay_is_a_source_and_any_weights_a_target(runs, tmp_path):
+    recorded = Run(runs[0] / "hidden", sources={"mean": emaopt.after(30, emaopt.power(0))})
+    assert recorded.steps == list(range(EVERY, T + 1, EVERY))
+    assert recorded.at == T
+    error = recorded.write(tmp_path / "out", posthoc.window(80, T))
+    assert error == recorded.residual(posthoc.window(80, T)) < 1e-6
+    made = checkpoint.restore_averages(tmp_path / "out", PARAMS)["dense"]["kernel"]
+    np.testing.assert_allclose(made, runs[1]["kernel"][81:].mean(0), atol=1e-5)
+    assert Run(runs[0] / "two", sources={"fast": FAST}).residual(FAST) < 1e-6
+
+
+def test_a_leaf_of_nnx_keeps_its_value(tmp_path):
+    for step in (1, 2):
+        leaf = {"w": {"value": np.full(2, float(step), np.float32)}}
+        state = {"shadow": leaf, "step": np.array(step, np.int32)}
+        items = {"params": leaf, "opt_state": state}
+        ocp.save_checkpointables(tmp_path / "run" / str(step), items)
+    recorded = Run(tmp_path / "run", sources={"ema": 0.0})
+    recorded.write(tmp_path / "out", posthoc.window(1, 2))
+    made = ocp.load(tmp_path / "out", leaf, checkpointable_name="params")
+    np.testing.assert_array_equal(made["w"]["value"], [3.0, 3.0])  # 2 * 2 - 1
+
+
+def test_what_is_written_says_what_it_is(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["synthesize", str(runs[0] / "two"), "--sigma-rel", "0.15", str(out)])
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.splitlines() == [
+        "4 checkpoints, up to update 160, with the averages",
+        "  fast  gamma:16.9722, sigma_rel 0.05",
+        "  slow  gamma:6.9372, sigma_rel 0.1",
+        "",
+        f"{out}: --sigma-rel 0.15 after 160 updates, predicted error 0.11",
+        "As in the newest checkpoint, being no averages: frozen, n",
+    ]
+    about = ocp.checkpointables_metadata(out).custom_metadata["synthesized"]
+    assert about["target"] == "--sigma-rel 0.15"
+    assert about["updates"] == T
+    assert about["residual"] == pytest.approx(0.105, abs=1e-3)
+
+
+def test_without_a_target_the_list_of_targets_is_shown(runs, capsys):
+    told = run(capsys, runs[0] / "two")
+    rows = {row["target"]: row for row in told["targets"]}
+    steps = range(EVERY, T + 1, EVERY)
+    for option, target in {
+        "--sigma-rel 0.15": emaopt.power(posthoc.gamma(0.15)),
+        "--half-life 5": emaopt.half_life(5),
+        "--window 40": posthoc.window(40, T),
+    }.items():
+        weights = profile_of(target, T)
+        assert rows[option]["residual"] == pytest.approx(
+            posthoc.residual(steps, TWO, at=T, target=weights), rel=1e-3
+        )
+        assert rows[option]["mean_age"] == pytest.approx(weights @ (T - np.arange(T + 1)), rel=1e-6)
+        assert rows[option]["within"] == (rows[option]["residual"] <= 0.15)
+    assert {row["within"] for row in told["targets"]} == {True, False}
+    main(["synthesize", str(runs[0] / "two"), "--threshold", "0.01"])
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("--sigma-rel 0.15 ")]
+    assert line.split()[3:] == ["0.11", "out", "of", "reach"]
+    assert lines[-1] == "Out of reach is what is above --threshold 0.01."
+
+
+def test_cooldowns_are_listed_where_checkpoints_make_steps_of_them(runs, tmp_path, capsys):
+    listed = {row["target"] for row in run(capsys, runs[0] / "two")["targets"]}
+    assert not [target for target in listed if "sqrt" in target]
+    for t in range(1, 17):
+        state = {"shadow": {"w": np.ones(2)}, "step": np.array(t, np.int32)}
+        ocp.save(tmp_path / str(t), {"params": {"w": np.ones(2)}, "opt_state": state})
+    listed = {r["target"] for r in run(capsys, tmp_path, "--source", "ema=gamma:0")["targets"]}
+    assert "--one-minus-sqrt 5" in listed
+
+
+def test_the_predicted_errors_are_drawn(runs, tmp_path, capsys):
+    from matplotlib.image import imread
+
+    for name, source in (
+        ("two", []),
+        ("plain", ["--source", "a=decay:0.9", "--source", "b=decay:1"]),
+    ):
+        main(["synthesize", str(runs[0] / name), *source, "--plot", str(tmp_path / f"{name}.png")])
+    two, plain = (imread(tmp_path / f"{name}.png")[..., :3] for name in ("two", "plain"))
+    blue = np.abs(two - np.array([0x1F, 0x77, 0xB4]) / 255).max(axis=2) < 0.02
+    rows, columns = np.nonzero(blue)
+    assert np.ptp(columns) > 0.7 * two.shape[1]
+    assert np.ptp(rows) > 0.7 * two.shape[0]
+    assert plain.shape == two.shape
+    assert not np.array_equal(two, plain)
+
+
+@pytest.mark.parametrize(
+    ("decay", "text"),
+    [
+        (emaopt.power(FAST), "gamma:16.9722, sigma_rel 0.05"),
+        (emaopt.power(0.0), "gamma:0, sigma_rel 0.2887"),
+        (0.99, "half_life:68.9676"),
+        (0.9999, "half_life:6929.9"),
+        (emaopt.warmup(0.99), "warmup of half_life:68.9676"),
+        (emaopt.debiased(emaopt.half_life(300)), "debiased half_life:300"),
+        (emaopt.every(3, 0.99), None),
+        (emaopt.inverse_gamma(), None),
+        (emaopt.after(100, emaopt.power(0)), None),
+        (0.0, None),
+    ],
+)
+@pytest.mark.parametrize("snapshots", [8, 1])
+def test_a_ledger_tells_the_decay(decay, text, snapshots):
+    mean = emaopt.moving_average(decay, ledger=True)
+
+    def body(state, _):
+        state = mean.update(jnp.zeros(1), state)
+        return state, state.ledger
+
+    _, ledgers = jax.lax.scan(body, mean.init(jnp.zeros(1)), length=1000)
+    steps = [1000 * (i + 1) // snapshots for i in range(snapshots)]
+    moments = [Moments(*(float(x[s - 1]) for x in ledgers[:3])) for s in steps]
+    found = recognize([*steps, 0], [*moments, Moments(1.0, 0.0, 1.0)])
+    assert (found is None) == (text is None)
+    if found:
+        assert found.text.startswith(text)
+        own, its = emaopt.profile(decay, 1000), profile_of(found.decay, 1000)
+        assert np.linalg.norm(own - its) < 1e-3 * np.linalg.norm(own)
+
+
+def save_plain(path, **states):
+    """A checkpoint of averages of w, by name: the count and the value."""
+    state = {
+        n: {"shadow": {"w": np.array(x)}, "step": np.array(t, np.int32)}
+        for n, (t, x) in states.items()
+    }
+    ocp.save(path, {"params": {"w": np.ones(2)}, "opt_state": state})
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Runs that something is wrong with."""
+    save_plain(tmp_path / "counts" / "1", a=(5, [1.0, 2.0]), b=(3, [1.0, 2.0]))
+    for step in (4, 8):
+        save_plain(tmp_path / "infinite" / str(step), a=(step, [1.0, np.inf if step < 8 else 2]))
+    ocp.save(tmp_path / "none" / "1", {"params": {"w": np.ones(2)}})
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("", "the following arguments are required: RUN"),
+        ("{runs}/two --sigma-rel 0.15", "OUT is missing"),
+        ("{runs}/two new", "a target is missing, such as --sigma-rel 0.15"),
+        ("{runs}/two --gamma 3 --window 5 new", "--window: not allowed with argument --gamma"),
+        ("{runs}/two --sigma-rel 0.3 new", "sigma_rel=0.3 is out of range. Pass a number above 0"),
+        ("{runs}/two --sigma-rel 0.28 new", "residual 0.589 is above threshold=0.15. Record more"),
+        ("{runs}/two --sigma-rel 0.1 --threshold 0 new", "is above threshold=0"),
+        ("{runs}/two --window 161 new", "n=161 is out of range. .* from 1 to at=160"),
+        ("{runs}/two --gamma 5 empty", "empty exists. Pass another OUT"),
+        ("{runs}/two --at 90", r"step=90 is not in .*two. Pass one of \[40, 80"),
+        ("{runs}/two --plot new/a.png", "No such file or directory"),
+        ("{runs}/two --source fast", "--source 'fast' has no name. Pass NAME=DECAY"),
+        ("{runs}/two --source fest=gamma:1", "'fest' is no average. Did you mean 'fast'. Pass one"),
+        ("{runs}/two --source opt_state=gamma:1", "'opt_state' is more than one average"),
+        ("{runs}/two --source fast=foo:1", "'foo:1' is no decay. Pass one of sigma_rel:NUMBER"),
+        ("{runs}/two --source fast=decay:2", "'decay:2' is no decay: decay=2.0 is out of range"),
+        ("{runs}/two --source fast=gamma:x", "'gamma:x' is no decay: could not convert"),
+        ("{runs}/some --source kernels=gamma:1", "no source is an average of dense/bias"),
+        ("{runs}/plain", "average a has no ledger. Say what it was: --source a=half_life:1000"),
+        ("{runs}/hidden", "average mean has a ledger that fits no simple decay"),
+        ("counts --source a=gamma:1 --source b=gamma:2", "count different updates: a 5, b 3"),
+        ("infinite --source a=gamma:0 --window 4 new", "infinite/4 is not finite at leaf 'w'"),
+        ("none", "the checkpoints hold no average"),
+        ("empty", "empty holds no finished checkpoint"),
+        ("nowhere", "nowhere holds no finished checkpoint"),
+    ],
+)
+def test_what_is_wrong_gets_one_line(arguments, told, runs, odd, monkeypatch, capsys):
+    monkeypatch.chdir(odd)
+    with pytest.raises(SystemExit) as exit_:
+        main(["synthesize", *arguments.format(runs=runs[0]).split()])
+    assert exit_.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("emaopt synthesize: ")
+    assert shown.err.count("\n") == 1
+    assert re.search(told, shown.err)
+    assert not Path("new").exists()
+
+
+def test_nothing_is_overwritten(runs, tmp_path):
+    with pytest.raises(FileExistsError, match=r"exists\. Remove it or pass another path"):
+        Run(runs[0] / "two").write(tmp_path, 5.0)
+
+
+@pytest.mark.parametrize("missing", ["tqdm", "matplotlib.figure"])
+def test_without_a_package_the_extra_is_named(missing, runs, tmp_path, monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.startswith("emaopt.synthesize")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit):
+        main(["synthesize", str(runs[0] / "two"), "--plot", str(tmp_path / "a.png")])
+    assert f'{missing} is not installed. pip install "emaopt[posthoc]"' in capsys.readouterr().err
