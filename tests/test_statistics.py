@@ -1,6 +1,5 @@
 """Batch statistics for averaged parameters: averaged, copied, recalibrated."""
 
-
 import batchnorm
 import equinox as eqx
 import jax
@@ -97,6 +96,26 @@ def test_recalibrated_statistics_are_the_means_over_the_batches(momentum, rtol):
     got = emaopt.recalibrate(forward, left_by_training(), iter(BATCHES))
     assert_close(got, by_hand(), rtol)
     assert forward._cache_size() == 1
+
+
+def test_they_are_the_statistics_of_pytorchs_update_bn():
+    # torch 2.15.0: update_bn(BATCHES, Sequential(Linear, BatchNorm1d, ReLU, Linear, BatchNorm1d)),
+    # without biases; its running variance is the unbiased one
+    wanted = {
+        "a": {
+            "mean": [1.0374584197998047, 0.9755080938339233, -1.4733471870422363, 0.11105677485466],
+            "var": [4.21804666519165, 2.2429566383361816, 3.2988007068634033, 5.56236457824707],
+        },
+        "b": {
+            "mean": [-0.6459518671035767, 0.6265879273414612, 0.14975005388259888],
+            "var": [0.5039539337158203, 0.3170948624610901, 0.12043263018131256],
+        },
+    }
+    forward = linen_forward({"a": 0.9, "b": 0.9})
+    got = emaopt.recalibrate(forward, left_by_training(), BATCHES)
+    for layer, leaves in wanted.items():
+        np.testing.assert_allclose(got[layer]["mean"], leaves["mean"], rtol=5e-6)
+        np.testing.assert_allclose(got[layer]["var"] * 16 / 15, leaves["var"], rtol=5e-6)
 
 
 def test_a_large_statistic_does_not_hide_the_momentum():
