@@ -226,8 +226,9 @@ def profile(decay: DecayLike, t: int) -> np.ndarray:
 
 def rates(decay: DecayLike, t: int) -> np.ndarray:
     """What each of the updates 1, ..., t takes from its value: float64 [t]."""
-    updates = jnp.arange(1, t + 1, dtype=jnp.int32)
-    return np.clip(np.asarray(jax.vmap(as_decay(decay).rate)(updates), np.float64), 0, 1)
+    # of a power of 2, so that most lengths find what was compiled for another
+    updates = np.arange(1, 2 ** max(t - 1, 0).bit_length() + 1, dtype=np.int32)
+    return np.clip(np.asarray(jax.vmap(as_decay(decay).rate)(updates), np.float64)[:t], 0, 1)
 
 
 def shares(taken: np.ndarray) -> np.ndarray:

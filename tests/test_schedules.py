@@ -426,6 +426,13 @@ def test_the_profile_is_what_the_average_gives_to_each_value(decay, t):
     assert abs(weights.sum() - 1) < 1e-14
 
 
+def test_profiles_of_two_lengths_share_what_was_compiled(caplog):
+    emaopt.profile(emaopt.power(2), 35)
+    with jax.log_compiles():
+        assert emaopt.profile(emaopt.power(2), 61).shape == (62,)
+    assert not caplog.records
+
+
 def test_the_profile_of_a_million_updates_is_right_at_both_ends():
     weights = emaopt.profile(emaopt.power(7), 10**6)
     np.testing.assert_allclose(weights[-1], -np.expm1(8 * np.log1p(-1e-6)), rtol=1e-6)
