@@ -68,10 +68,11 @@ def test_every_flipped_bit_changes_the_digest(name):
             assert np.asarray(digests([jnp.asarray(flipped)]))[0] != want
 
 
-def test_the_digest_is_that_of_the_value_wherever_it_is():
-    on_host = [np.asarray(LEAVES[n]) for n in ("float32", "bfloat16", "int8")]
-    on_device = [LEAVES[n] for n in ("float32", "bfloat16", "int8")]
-    assert np.array_equal(digests(on_host), digests(on_device))
+@pytest.mark.parametrize("at_once", [2**22, 7])
+def test_the_digest_is_that_of_the_value_wherever_it_is(at_once, monkeypatch):
+    monkeypatch.setattr("emaopt.checkpoint._digest.AT_ONCE", at_once)
+    on_device = [LEAVES[n] for n in ("float32", "bfloat16", "int8", "complex64")]
+    assert np.array_equal(digests(list(map(np.asarray, on_device))), digests(on_device))
     mesh = jax.make_mesh((4,), ("x",))
     for spec in ("x", None):
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(spec))

@@ -15,6 +15,7 @@ import numpy as np
 
 
 DIGESTS = "digests"
+AT_ONCE = 2**22  # elements of an array on the host that are copied to a device
 
 
 def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
@@ -24,8 +25,7 @@ def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
     """
     # one call per leaf: in one program for all, XLA on CPU keeps the mixed words of all at once
     on_device = lambda leaf: isinstance(leaf, jax.Array)
-    found = [(leaf, _digest(_hashable(leaf))) for leaf in leaves]
-    each = [digest if on_device(leaf) else np.asarray(digest) for leaf, digest in found]
+    each = [_digest(_hashable(x)) if on_device(x) else _digest_in_parts(x) for x in leaves]
     places = {frozenset(leaf.sharding.device_set) for leaf in leaves if on_device(leaf)}
     if len(places) == 1:
         return with_own_digest(each)
@@ -59,13 +59,25 @@ def _hashable(leaf: Any) -> Any:
     return np.ascontiguousarray(x)[..., None].view(np.uint32)
 
 
+def _digest_in_parts(leaf: Any) -> np.ndarray:
+    """The digest of a leaf on the host, of which little is copied at a time."""
+    x = _hashable(leaf).reshape(-1)
+    words = 2 if np.iscomplexobj(x) else 1  # of an element
+    parts = [
+        int(_digest(x[start : start + AT_ONCE], np.uint32(start * words % 2**32)))
+        for start in range(0, max(x.size, 1), AT_ONCE)
+    ]
+    return np.asarray(sum(parts) % 2**32, np.uint32)
+
+
 @jax.jit
-def _digest(x) -> jax.Array:
+def _digest(x, start=0) -> jax.Array:
     words = _words(x)
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         step = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         position = position * np.uint32(size % 2**32) + step
+    position = position + start
     return jnp.sum(_mix(words + position * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
 
 

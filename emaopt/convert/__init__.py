@@ -69,10 +69,7 @@ def _to_orbax(source: Path, destination: Path, form: Form) -> None:
     found: dict[KeyPath, Any] = {}
     try:
         for part in _parts({name: size(*checkpoint.stored[name]) for name in paths}):
-            values = {name: checkpoint.value(name) for name in part}
-            for item, tree in _items(values, paths):
-                ocp.partial.save(temporary / item, tree)
-            found |= {paths[name]: digests([value])[0] for name, value in values.items()}
+            found |= _save(temporary, checkpoint, {name: paths[name] for name in part})
         items = {path[0] for path in found}
         each = {i: [found[path] for path in sorted(found) if path[0] == i] for i in items}
         _assemble(temporary, {item: with_own_digest(np.asarray(each[item])) for item in items})
@@ -80,6 +77,23 @@ def _to_orbax(source: Path, destination: Path, form: Form) -> None:
     finally:
         if temporary.exists():
             temporary.rmtree()
+
+
+def _save(directory: Path, checkpoint: Checkpoint, paths: dict[str, KeyPath]) -> dict[KeyPath, Any]:
+    """Save some variables; returns their digests."""
+    values = {name: checkpoint.value(name) for name in paths}
+    with _without_copies():
+        for item, tree in _items(values, paths):
+            ocp.partial.save(directory / item, tree)
+    return {paths[name]: digests([value])[0] for name, value in values.items()}
+
+
+def _without_copies() -> ocp.Context:
+    """Orbax without a copy of each array, and without another one, compressed."""
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.use_compression = False
+    return context
 
 
 def _items(values: dict[str, Any], paths: dict[str, KeyPath]) -> Iterable[tuple[str, Tree]]:

@@ -76,6 +76,7 @@ def write(path: Any, parts: Iterable[dict[str, np.ndarray]]) -> None:
         for part in parts:
             prefixes.append(os.path.join(temporary, str(len(prefixes))))
             _save(tf, prefixes[-1], part)
+            del part  # before the next one is read
         with tf.Graph().as_default(), _session(tf) as session:
             session.run(
                 tf.raw_ops.MergeV2Checkpoints(
