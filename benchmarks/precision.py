@@ -11,6 +11,7 @@ Rewrites precision.md and the part of docs/averaging.md between its precision ma
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -46,45 +47,54 @@ def main() -> None:
     print(text)
 
 
-def start() -> jax.Array:
-    return jax.random.normal(jax.random.key(0), (SIZE,), jnp.float32)
+def start(size: int = SIZE) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (size,), jnp.float32)
 
 
-def noisy(t: jax.Array) -> jax.Array:
+def noisy(first: jax.Array, t: jax.Array) -> jax.Array:
     """Parameters in training: they drift to other values, and tremble by 1 %."""
-    drift = jax.random.normal(jax.random.key(1), (SIZE,), jnp.float32)
-    noise = jax.random.normal(jax.random.fold_in(jax.random.key(2), t), (SIZE,), jnp.float32)
+    drift = jax.random.normal(jax.random.key(1), first.shape, jnp.float32)
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(2), t), first.shape, jnp.float32)
     way = t.astype(jnp.float32) / UPDATES
-    return start() * (1 - way) + drift * way + 0.01 * noise
+    return first * (1 - way) + drift * way + 0.01 * noise
 
 
-def quiet(t: jax.Array) -> jax.Array:
+def quiet(first: jax.Array, t: jax.Array) -> jax.Array:
     """Parameters that have come to rest, 0.1 % from where the average starts."""
     del t
-    return start() * jnp.float32(1.001)
+    return first * jnp.float32(1.001)
 
 
 def measure(accumulator_dtype, values) -> tuple[float, float, float, int]:
     """Error, part of the way followed, share of elements held in the end, bytes per parameter."""
+    *_, (_, last) = course(accumulator_dtype, values, start())
+    return last
+
+
+def course(
+    accumulator_dtype, values, first: jax.Array, parts: int = PARTS
+) -> Iterator[tuple[int, tuple[float, float, float, int]]]:
+    """What `measure` gives, after so many updates and so many: (updates, measured)."""
     mean = emaopt.moving_average(DECAY, accumulator_dtype=accumulator_dtype, ledger=True)
     exact = emaopt.moving_average(DECAY, accumulator_dtype=jnp.float64)
 
     def step(t, states):
-        x = values(t)
+        x = values(first, t)
         return mean.update(x, states[0]), exact.update(x, states[1])
 
     @jax.jit
-    def part(states, first):
-        return jax.lax.fori_loop(first, first + UPDATES // PARTS, step, states)
+    def part(states, done):
+        return jax.lax.fori_loop(done + 1, done + 1 + UPDATES // parts, step, states)
 
-    at_first = states = mean.init(start()), exact.init(start())
-    for first in range(1, UPDATES, UPDATES // PARTS):
-        states = part(states, jnp.int32(first))
-    moved, way = (sum_of(new) - sum_of(old) for new, old in zip(states, at_first, strict=True))
-    error = np.linalg.norm(sum_of(states[0]) - sum_of(states[1])) / np.linalg.norm(way)
-    held = emaopt.describe(states[0])["ema"]["stalled"]
-    stored = [x.nbytes for x in (states[0].shadow, states[0].residue) if x is not None]
-    return float(error), float(moved @ way / (way @ way)), float(held), sum(stored) // SIZE
+    at_first = states = mean.init(first), exact.init(first)
+    for done in range(0, UPDATES, UPDATES // parts):
+        states = part(states, jnp.int32(done))
+        moved, way = (sum_of(new) - sum_of(old) for new, old in zip(states, at_first, strict=True))
+        error = np.linalg.norm(sum_of(states[0]) - sum_of(states[1])) / np.linalg.norm(way)
+        held = emaopt.describe(states[0])["ema"]["stalled"]
+        stored = sum(x.nbytes for x in (states[0].shadow, states[0].residue) if x is not None)
+        followed = float(moved @ way / (way @ way))
+        yield done + UPDATES // parts, (float(error), followed, float(held), stored // first.size)
 
 
 def sum_of(state: emaopt.EmaState) -> np.ndarray:

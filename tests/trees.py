@@ -1,0 +1,57 @@
+"""Parameter trees with the shapes of known networks."""
+
+import jax
+import jax.numpy as jnp
+
+
+def _conv_and_norm(name, size, inputs, outputs):
+    kernel = {f"{name}/kernel": (size, size, inputs, outputs)}
+    return kernel | {f"{name}/{part}": (outputs,) for part in ("scale", "bias")}
+
+
+def _resnet50():
+    shapes = _conv_and_norm("stem", 7, 3, 64)
+    inputs = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 * 2**stage
+        for block in range(blocks):
+            name = f"stage{stage}/block{block}"
+            sizes = [(1, inputs, width), (3, width, width), (1, width, 4 * width)]
+            for i, (size, before, after) in enumerate(sizes):
+                shapes |= _conv_and_norm(f"{name}/conv{i}", size, before, after)
+            if block == 0:
+                shapes |= _conv_and_norm(f"{name}/shortcut", 1, inputs, 4 * width)
+            inputs = 4 * width
+    return shapes | {"head/kernel": (2048, 1000), "head/bias": (1000,)}
+
+
+def _vit_b():
+    width, layers = 768, 12
+    dense = lambda name, n, m: {f"{name}/kernel": (n, m), f"{name}/bias": (m,)}
+    norm = lambda name: {f"{name}/scale": (width,), f"{name}/bias": (width,)}
+    shapes = {"class": (1, 1, width), "position": (1, 197, width)}
+    shapes |= dense("patches", 16 * 16 * 3, width)
+    for layer in range(layers):
+        name = f"layer{layer}"
+        shapes |= norm(f"{name}/norm0") | norm(f"{name}/norm1")
+        shapes |= dense(f"{name}/qkv", width, 3 * width) | dense(f"{name}/out", width, width)
+        shapes |= dense(f"{name}/mlp0", width, 4 * width) | dense(f"{name}/mlp1", 4 * width, width)
+    return shapes | norm("norm") | dense("head", width, 1000)
+
+
+RESNET50 = _resnet50()  # 25.6 million in 161 leaves
+VIT_B = _vit_b()  # 86.6 million in 152 leaves
+
+
+def abstract(shapes, dtype=jnp.float32):
+    """To compile for."""
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+
+
+def full(shapes, dtype=jnp.float32):
+    """To run with: numbers around one."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {
+        name: 1 + 0.1 * jax.random.normal(key, shape, dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
