@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import emaopt
 from emaopt import posthoc
+from emaopt.posthoc._fit import profile_of
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "posthoc.json").read_text())
@@ -156,6 +157,14 @@ def test_what_was_recorded_is_found(average):
     found = posthoc.weights(STEPS, gammas, at=180, target=average)
     np.testing.assert_allclose(found, np.eye(16)[STEPS.index(180) * 2 + 1], atol=1e-9)
     assert posthoc.residual(STEPS, gammas, at=180, target=average) < 1e-12
+
+
+def test_factors_of_averages_that_are_alike_keep_their_digits():
+    alike = [7.0, 7.001]
+    weights = [profile_of(gamma, 640) for gamma in alike]
+    arguments = {"at": 640, "target": 3 * weights[0] - 2 * weights[1]}
+    factors = posthoc.weights(range(10, 641, 10), alike, **arguments)
+    np.testing.assert_allclose(factors, [0] * 126 + [3, -2], atol=1e-8)
 
 
 def test_dependent_snapshots_share():

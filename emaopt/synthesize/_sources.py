@@ -59,7 +59,7 @@ def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> Source | None
     order = [i for i in np.argsort(steps) if steps[i] > 0]
     recorded = np.array([ledgers[i] for i in order]).reshape(-1, 3)
     steps = [int(steps[i]) for i in order]
-    if not (recorded[:, 1] > 0).all() or not steps:  # none but the newest value, or no value at all
+    if not steps or not recorded[-1, 1] > 0:  # no value yet, or none but the newest
         return None
 
     def off(source: Source) -> float:
@@ -104,17 +104,24 @@ _KINDS = (
 
 
 def _fitted(kind: Callable[[float, int], Source], t: int, age: float) -> Source:
-    """The decay of a kind that has this mean age after t updates, by secants on logarithms."""
+    """The decay of a kind that has this mean age after t updates: the Illinois method."""
 
     def error(x: float) -> float:
         *_, moments = _moments(kind(math.exp(x), t).decay, [t])
-        return math.log(moments.age / age)
+        return math.log(max(moments.age, 1e-99) / age)
 
-    x, last = math.log(age) + 0.01, math.log(age)
-    y, before = error(x), error(last)
-    for _ in range(20):
-        if abs(y) < 1e-9 or y == before:
+    low = math.log(age) - 0.01  # what is aimed at is never less than what is reached
+    high, below = low + 0.1, error(low)
+    while (above := error(high)) < 0 and high < low + 60:
+        low, high, below = high, high + 2 * (high - low), above
+    for _ in range(20 if below < 0 < above else 0):
+        x = high - above * (high - low) / (above - below)
+        y = error(x)
+        if y * above < 0:
+            low, below = high, above
+        else:
+            below /= 2
+        high, above = x, y
+        if abs(y) < 1e-7:
             break
-        x, last = x - min(max(y * (x - last) / (y - before), -2), 2), x
-        y, before = error(x), y
-    return kind(math.exp(x), t)
+    return kind(math.exp(high), t)
