@@ -50,6 +50,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
             "  emaopt demo\n"
             "  emaopt demo --epochs 60 --resume         go on, also after Ctrl-C or a crash\n"
             "  emaopt demo --seed 1 --out other-seed    another run beside it\n"
+            "  emaopt demo --tensorboard logs           then: tensorboard --logdir logs\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -75,6 +76,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="continue the run in DIR; the outcome is the same, bit for bit, as without the break",
     )
+    demo.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write curves, histograms and the graph"
+    )
 
     def command(**arguments):
         try:
@@ -82,7 +86,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
             run(**arguments)
         except ModuleNotFoundError as error:
-            sys.exit(f'emaopt demo: {error.name} is not installed. pip install "emaopt[demo]"')
+            extra = "tensorboard" if error.name == "tensorboardX" else "demo"
+            sys.exit(f'emaopt demo: {error.name} is not installed. pip install "emaopt[{extra}]"')
         except argparse.ArgumentError as error:
             demo.error(str(error))
         except KeyboardInterrupt:

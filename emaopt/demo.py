@@ -9,6 +9,9 @@ import subprocess
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from tqdm import tqdm
 
 
 BATCH_SIZE = 32
+AT_ONCE = 7  # steps that become one point of a curve in TensorBoard
 
 
 class Network(nn.Module):
@@ -81,12 +85,16 @@ def accuracy(params, images: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(np.asarray(predict(params, images)) == labels))
 
 
-def run(*, seed: int, epochs: int, out: Path, resume: bool) -> None:
+def run(
+    *, seed: int, epochs: int, out: Path, resume: bool, tensorboard: Path | None = None
+) -> None:
     """Train, draw, and let another process read the last checkpoint."""
     # the network is too small to gain from an accelerator, and the CPU repeats every bit
     jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+    if tensorboard:
+        _check_tensorboard(tensorboard)
     checkpoints = _directory(out, resume)
-    averages, history = train(checkpoints, seed, epochs)
+    averages, history = train(checkpoints, seed, epochs, tensorboard)
     draw(history, out / "accuracy.png")
     last = str(len(history))
     here = accuracy(averages, *digits()[1])
@@ -95,11 +103,15 @@ def run(*, seed: int, epochs: int, out: Path, resume: bool) -> None:
     print("averages in another process, which read them with")
     print(f"plain Orbax and knows no optimizer                  {there:.2%}")
     print(f"checkpoint  {out / 'checkpoints' / last}\npicture     {out / 'accuracy.png'}")
+    if tensorboard:
+        print(f"curves      tensorboard --logdir {tensorboard}")
     if here != there:
         raise SystemExit("emaopt demo: the two differ, so the checkpoint is wrong.")
 
 
-def train(checkpoints: Path, seed: int, epochs: int) -> tuple[Any, np.ndarray]:
+def train(
+    checkpoints: Path, seed: int, epochs: int, tensorboard: Path | None = None
+) -> tuple[Any, np.ndarray]:
     """`(averages, history)` after the last epoch, beginning after the newest checkpoint.
 
     The history has a row for each epoch: loss, accuracy of the parameters and of the averages.
@@ -107,7 +119,7 @@ def train(checkpoints: Path, seed: int, epochs: int) -> tuple[Any, np.ndarray]:
     import optax
 
     import emaopt
-    from emaopt import checkpoint
+    from emaopt import checkpoint, summary
 
     training, test = digits()
     steps = len(training[0]) // BATCH_SIZE
@@ -117,12 +129,24 @@ def train(checkpoints: Path, seed: int, epochs: int) -> tuple[Any, np.ndarray]:
         return jnp.mean(losses)
 
     rate = emaopt.exponential_decay(0.006, decay_steps=6 * steps, decay_rate=0.9, staircase=True)
+    clip, decay = emaopt.clip_by_global_norm(1.0), emaopt.warmup(0.99)
     tx = optax.chain(
-        emaopt.clip_by_global_norm(1.0),
+        clip,
         emaopt.rmsprop(rate, decay=0.9, momentum=0.9, epsilon=1e-3),
-        emaopt.ema(emaopt.warmup(0.99)),
+        emaopt.ema(decay),
     )
-    step = emaopt.minimize(loss, tx)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, images, labels):
+        with jax.named_scope("gradients"):
+            value, grads = emaopt.compute_gradients(loss, params, images, labels)
+        with jax.named_scope("update"):
+            params, opt_state = emaopt.apply_gradients(tx, grads, params, opt_state)
+        with jax.named_scope("summary"):
+            known = {"grads": grads, "clip": clip, "learning_rate": rate, "decay": decay}
+            scalars = summary.scalars(params, opt_state, **known, loss=value)
+        return params, opt_state, scalars
+
     params = Network().init(jax.random.key(seed), training[0][:1])["params"]
     opt_state = tx.init(params)
     history = np.zeros((0, 3))
@@ -138,16 +162,28 @@ def train(checkpoints: Path, seed: int, epochs: int) -> tuple[Any, np.ndarray]:
             print(f"resumed after epoch {len(history)}")
         if len(history) < epochs:
             print("epoch    loss  accuracy: raw  averaged")
-        with tqdm(total=epochs * steps, initial=len(history) * steps, disable=None) as bar:
+        bar = tqdm(total=epochs * steps, initial=len(history) * steps, disable=None)
+        after = len(history) * steps + 1
+        log: Any = summary.writer(tensorboard, purge_step=after) if tensorboard else nullcontext()
+        with bar, log:
+            if tensorboard:
+                log.graph(step, params, opt_state, *(x[:BATCH_SIZE] for x in training))
             for epoch in range(len(history) + 1, epochs + 1):
-                losses = []
+                scalars = []
                 for batch in batches(*training, seed, epoch):
-                    params, opt_state, value = step(params, opt_state, *batch)
-                    losses.append(value)
+                    params, opt_state, found = step(params, opt_state, *batch)
+                    scalars.append(found)
                     bar.update()
                 raw = accuracy(params, *test)
                 averaged = accuracy(emaopt.average(params, opt_state), *test)
+                losses = [found["loss"] for found in scalars]
                 history = np.append(history, [[np.mean(losses), raw, averaged]], axis=0)
+                if tensorboard:
+                    for first in range(0, steps, AT_ONCE):
+                        log.write(scalars[first : first + AT_ONCE])
+                    read = {"accuracy/raw": raw, "accuracy/averaged": averaged}
+                    log.write(read, step=epoch * steps)
+                    log.histograms(params, opt_state)
                 checkpoint.save(checkpointer, epoch, params, opt_state, seed=seed, history=history)
                 bar.write(f"{epoch:5}  {history[-1, 0]:.4f}  {raw:13.2%}  {averaged:8.2%}")
                 sys.stdout.flush()
@@ -218,6 +254,16 @@ def _directory(out: Path, resume: bool) -> Path:
             None, f"--out {out} cannot be used: {error.strerror}. Pass another --out"
         ) from None
     return checkpoints.resolve()
+
+
+def _check_tensorboard(directory: Path) -> None:
+    import_module("tensorboardX")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            None, f"--tensorboard {directory} cannot be used: {error.strerror}. Pass another DIR"
+        ) from None
 
 
 def _check_same_run(seed: int, epochs: int, saved_seed: int, done: int) -> None:

@@ -50,7 +50,10 @@ ROOMS = {
     "posthoc": ({"_tree", "_schedules"}, {"jax", "numpy"}),
     "presets": ({"_tree", "_schedules", "posthoc"}, {"jax"}),
     "tf1": ({"_tree", "_names", "_ema", "_averages"}, LIGHT | {"tensorflow"}),
-    "summary": ({"_names", "_ema", "_clip"}, LIGHT | {"tensorboardX"}),
+    "summary": (
+        {"_tree", "_schedules", "_clip", "_optimizers", "_averages", "_names"},
+        LIGHT | {"tensorboardX"},
+    ),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
     "listing": ({"_names", "checkpoint", "tf1"}, LIGHT | {"etils"}),
     "convert": (

@@ -1,0 +1,155 @@
+"""Summaries for TensorBoard: what to know of a run, as scalars, histograms, texts and a graph.
+
+    @jax.jit
+    def step(params, opt_state, *batch):
+        loss, grads = emaopt.compute_gradients(loss_of, params, *batch)
+        params, opt_state = emaopt.apply_gradients(tx, grads, params, opt_state)
+        return params, opt_state, summary.scalars(params, opt_state, grads=grads, loss=loss)
+
+    with summary.writer("logs") as log:
+        for i, batch in enumerate(batches):
+            params, opt_state, scalars = step(params, opt_state, *batch)
+            if i % 100 == 0:
+                log.write(scalars)
+
+`scalars` is pure, and what it returns stays on the device until it is written. TF1's `tf.summary`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import GetAttrKey
+
+from emaopt._averages import average, averages, describe
+from emaopt._clip import global_norm
+from emaopt._names import global_step
+from emaopt._optimizers import OptimizerState
+from emaopt._schedules import DecayLike, as_decay
+from emaopt._tree import Tree, did_you_mean, key_name, wide
+
+from ._writer import STEP, Writer as Writer, check_scalars, writer as writer
+
+
+_KEPT = (GetAttrKey("hyperparams"), GetAttrKey("measurements"))  # by optax, in dicts
+_ROUNDING = 2.0**-20
+
+
+def scalars(
+    params: Tree,
+    opt_state: Tree,
+    *,
+    grads: Tree = None,
+    clip: optax.GradientTransformation | None = None,
+    learning_rate: Any = None,
+    decay: DecayLike | Mapping[str, DecayLike] | None = None,
+    **values: Any,
+) -> dict[str, jax.Array]:
+    """What there is to know after an update, by tag: arrays of shape [].
+
+    From the state: `global_step`; the global norms `params/norm` and `slots/<slot>`; of an average
+    `average/distance`, the norm of its difference from `params`, and what its ledger says (see
+    `describe`), if there are several under `average/<name>/`; and under its own name what
+    `optax.inject_hyperparams` and `optax.monitor` keep.
+
+    `grads`: for `gradients/norm`. `clip`: the clipping in the chain, for `gradients/clipped_norm`
+    and for `gradients/clipped`, which is 1 if any element was clipped, so that its mean over some
+    steps is the share of those that were. `learning_rate`, `decay`: as the chain was given them, a
+    number or a function, by name where averages differ; the tags have the values of the last
+    update. `values` are passed through, `None` is left out. TF1's `tf.summary.scalar`, of each.
+
+    >>> import emaopt
+    >>> opt_state = emaopt.ema(0.5).init({"w": jnp.array([3.0, 4.0])})
+    >>> found = scalars({"w": jnp.array([0.0, 0.0])}, opt_state, loss=jnp.array(0.5))
+    >>> {tag: float(x) for tag, x in found.items()}
+    {'global_step': 0.0, 'params/norm': 0.0, 'average/distance': 5.0, 'loss': 0.5}
+    """
+    step = global_step(opt_state)
+    found = {STEP: step, "params/norm": _norm(params)}
+    found |= _of_slots(opt_state) | _of_averages(params, opt_state, decay) | _kept(opt_state)
+    if grads is not None:
+        found |= _of_gradients(grads, clip, params)
+    elif clip is not None:
+        raise ValueError("clip is given without grads. Pass the gradients from before clipping.")
+    if callable(learning_rate):
+        learning_rate = learning_rate(jnp.maximum(step - 1, 0))
+    values = {"learning_rate": learning_rate, **values}
+    found |= {tag: x for tag, x in values.items() if x is not None}
+    check_scalars(found)
+    return {tag: jnp.asarray(x) for tag, x in found.items()}
+
+
+def _of_slots(opt_state: Tree) -> dict[str, Any]:
+    is_optimizer = lambda node: isinstance(node, OptimizerState)
+    slots: dict[str, list[Tree]] = {}
+    for node in jax.tree.leaves(opt_state, is_leaf=is_optimizer):
+        for name, tree in sorted(node.slots.items()) if is_optimizer(node) else ():
+            slots.setdefault(name, []).append(tree)
+    return {f"slots/{name}": _norm(trees) for name, trees in slots.items()}
+
+
+def _of_averages(params: Tree, opt_state: Tree, decay: Any) -> dict[str, Any]:
+    known = averages(opt_state)
+    of_each = dict(decay) if isinstance(decay, Mapping) else dict.fromkeys(known, decay)
+    for name in of_each:
+        if name not in known:
+            raise ValueError(
+                f"decay has {name!r}, which is no average.{did_you_mean(name, known)} Pass keys "
+                f"of emaopt.averages(opt_state): {', '.join(map(repr, known))}."
+            )
+    exact = jax.tree.map(_widened, params)
+    minus = lambda p, a: p - a if _is_floating(p) else None
+    found = {}
+    for name, state in known.items():
+        below = f"average/{name}" if len(known) > 1 else "average"
+        averaged = average(exact, opt_state, name)
+        found[f"{below}/distance"] = _norm(jax.tree.map(minus, exact, averaged))
+        if state.ledger is not None:
+            found |= {f"{below}/{what}": x for what, x in describe(opt_state)[name].items()}
+        if (given := of_each.get(name)) is not None:
+            found[f"{below}/decay"] = as_decay(given)(jnp.maximum(state.step, 1))
+    return found
+
+
+def _kept(opt_state: Tree) -> dict[str, Any]:
+    """Hyper-parameters and measurements; where two have one name, with their places in the state.
+
+    Arrays of more than one element are left out.
+    """
+    paths = [
+        (keys, x)
+        for keys, x in jax.tree_util.tree_flatten_with_path(opt_state)[0]
+        if len(keys) > 1 and keys[-2] in _KEPT and jnp.shape(x) == ()
+    ]
+    times = Counter(key_name(keys[-1]) for keys, _ in paths)
+    place = lambda keys: [key_name(key) for key in keys if not isinstance(key, GetAttrKey)]
+    return {
+        "/".join(place(keys)[-1 if times[key_name(keys[-1])] == 1 else 0 :]): x for keys, x in paths
+    }
+
+
+def _of_gradients(grads: Tree, clip: Any, params: Tree) -> dict[str, Any]:
+    found = {"gradients/norm": _norm(grads)}
+    if clip is not None:
+        clipped, _ = clip.update(grads, clip.init(params), params)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(clipped), strict=True)
+        # what is not clipped is x * c / c, the same but for rounding
+        changed = [jnp.any(jnp.abs(g - c) > _ROUNDING * jnp.abs(c)) for g, c in pairs]
+        found["gradients/clipped_norm"] = _norm(clipped)
+        found["gradients/clipped"] = jnp.any(jnp.stack(changed)).astype(jnp.float32)
+    return found
+
+
+def _norm(tree: Tree) -> jax.Array:
+    return global_norm([x for x in jax.tree.leaves(tree) if _is_floating(x)])
+
+
+def _widened(x: Any) -> Any:
+    return jnp.asarray(x, wide(jnp.result_type(x))) if _is_floating(x) else x
+
+
+def _is_floating(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)

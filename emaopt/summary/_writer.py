@@ -1,0 +1,131 @@
+"""Event files: what is on the device is fetched at once, and tensorboardX writes it."""
+
+import importlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emaopt._names import global_step, names
+from emaopt._tree import Tree, describe
+
+from ._graph import graph_of
+from ._histogram import histogram
+
+
+STEP = "global_step"
+_REAL = (jnp.floating, jnp.integer, jnp.bool_)
+
+
+def writer(directory: Any, *, purge_step: int | None = None) -> "Writer":
+    """A `Writer` into a directory, which TensorBoard is pointed to.
+
+    `purge_step`: of a run that was resumed; TensorBoard drops what the run had written from this
+    step on before it broke off. Of several processes, the first one writes. TF1's
+    `tf.summary.FileWriter`.
+    """
+    try:
+        package = importlib.import_module("tensorboardX")
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            'emaopt.summary.writer needs tensorboardX: pip install "emaopt[tensorboard]"',
+            name="tensorboardX",
+        ) from None
+    file = package.SummaryWriter(
+        str(directory),
+        purge_step=purge_step,
+        flush_secs=10,
+        filename_suffix=f".{time.time_ns() % 10**9:09}",  # two in one second would be one file
+        write_to_disk=jax.process_index() == 0,
+    )
+    return Writer(file)
+
+
+class Writer:
+    """Writes what TensorBoard shows; a context manager, which closes the file.
+
+    Every method fetches what it writes in one transfer; nothing else waits for the device.
+    """
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is pending, and close the file."""
+        self._file.close()
+
+    def write(
+        self, scalars: Mapping[str, Any] | Iterable[Mapping[str, Any]], step: int | None = None
+    ) -> None:
+        """Scalars by tag; of several steps, as a list, the mean of each.
+
+        `step`: by default, the `global_step` among them, of the last one. TF1's
+        `FileWriter.add_summary`.
+        """
+        each: Iterable[Any] = [scalars] if isinstance(scalars, Mapping) else scalars
+        rows = [dict(row) for row in each]
+        for row in rows:
+            check_scalars(row)
+        rows = jax.device_get(rows)
+        steps = [row.pop(STEP) for row in rows if STEP in row]
+        if step is None and not steps:
+            raise ValueError(f"step is missing, and scalars has no {STEP!r}. Pass step=.")
+        step = int(steps[-1] if step is None else step)
+        for tag in dict.fromkeys(tag for row in rows for tag in row):
+            mean = np.mean([np.float64(row[tag]) for row in rows if tag in row])
+            self._file.add_scalar(tag, mean, step)
+
+    def histograms(self, params: Tree, opt_state: Tree, step: int | None = None) -> None:
+        """A histogram of every floating-point array, under its name in `emaopt.names`.
+
+        So the average of `conv/kernel` and its slots stand beside it. Counted on the device,
+        without NaN and infinity; an array of shape [] has none. `step`: by default,
+        `emaopt.global_step(opt_state)`. TF1's `tf.summary.histogram`, of each variable.
+        """
+        found = {
+            name: histogram(x)
+            for tree in (params, opt_state)
+            for name, x in zip(jax.tree.leaves(names(tree)), jax.tree.leaves(tree), strict=True)
+            if jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.ndim(x) and jnp.size(x)
+        }
+        found, at = jax.device_get((found, global_step(opt_state) if step is None else step))
+        for name, counted in found.items():
+            self._file.add_histogram_raw(name, *(x.tolist() for x in counted), int(at))
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """A text, which may be Markdown. TF1's `tf.summary.text`."""
+        self._file.add_text(tag, text, step)
+
+    def graph(self, function: Callable[..., Any], *args: Any) -> None:
+        """The jaxpr of `function(*args)`, as the graph; the arguments may be abstract.
+
+        An equation is a node, in the scopes of `jax.named_scope` and of Flax's modules; a function
+        that is called is a scope. TF1's `FileWriter.add_graph`.
+        """
+        proto = importlib.import_module("tensorboardX.proto.event_pb2")
+        graph = graph_of(function, *args).SerializeToString()
+        self._file.file_writer.add_event(proto.Event(graph_def=graph))
+
+
+def check_scalars(values: Mapping[str, Any]) -> None:
+    """Raise unless each one is a real number, or an array that holds one."""
+    for tag, x in values.items():
+        number = isinstance(x, (bool, int, float)) or (
+            np.shape(x) == ()
+            and hasattr(x, "dtype")
+            and any(jnp.issubdtype(x.dtype, kind) for kind in _REAL)
+        )
+        if not number:
+            raise ValueError(f"{tag} is {describe(x)}, no scalar. Pass a number, such as a mean.")
