@@ -76,7 +76,7 @@ def test_a_larger_gamma_is_a_shorter_average(gamma, times):
 
 
 def test_the_ends_of_the_range():
-    for bound in (12**-0.5, math.sqrt(1 / 12)):
+    for bound in (12**-0.5, math.sqrt(1 / 12), math.nextafter(12**-0.5, 1)):
         assert 0 <= posthoc.gamma(bound) < 1e-15
     assert posthoc.sigma_rel(0) == pytest.approx(12**-0.5, rel=1e-15)
     assert posthoc.sigma_rel(-0.999) < 0.1

@@ -34,7 +34,7 @@ from emaopt.posthoc._sum import Sum
 from ._sources import Moments, Source, recognize
 
 
-AT_ONCE = 2**26  # bytes of a snapshot that are read at once
+AT_ONCE = 2**25  # bytes of a snapshot that are read at once
 NEGLIGIBLE = 1e-9  # a factor beside the largest one: less than float32 resolves
 
 
@@ -91,8 +91,8 @@ class Run:
     ) -> float:
         """Write a checkpoint of Orbax with the item `params`: the target's average. The residual.
 
-        With digests, as `emaopt.checkpoint.export_averages` writes it. In memory are one tree of
-        parameters and, in float64, 64 MB of it (or its largest leaf) at a time.
+        With digests, as `emaopt.checkpoint.export_averages` writes it. In memory are the parameters
+        once, and at a time 32 MB of a snapshot, or its largest leaf, and their sum in float64.
         """
         destination = Path(destination)
         if destination.exists():
@@ -103,8 +103,8 @@ class Run:
         names = [logical(path) for path in key_paths(like)]
         wanted = dict(zip(names, jax.tree.leaves(like), strict=True))
         in_params = params_in(self.newest.index())
-        others = {name: in_params[name] for name in self.others()}
-        values = _read(self.newest, others)
+        others = {in_params[name]: name for name in self.others()}
+        values = {others[at]: x for at, x in self.newest.read(others).items()}
         check_unique(["/".join(name) for name in names], wanted.values())
         total = sum(
             wanted[leaf].nbytes * np.count_nonzero(factors)
@@ -163,7 +163,7 @@ def _snapshots(stored: Stored) -> Iterator[_Snapshot]:
         node: [index[path] for keys in _SCALARS if (path := (*node, *keys)) in index]
         for node in nodes
     }
-    values = _read(stored, {path: path for each in scalars.values() for path in each})
+    values = stored.read(path for each in scalars.values() for path in each)
     paths: dict[KeyPath, dict[KeyPath, KeyPath]] = {node: {} for node in nodes}
     for path, (leaf, swapped) in in_shadows(index).items():
         at = params[leaf] if swapped else index[path]
@@ -175,17 +175,6 @@ def _snapshots(stored: Stored) -> Iterator[_Snapshot]:
 
 
 _SCALARS = [(STEP,), *(("ledger", field) for field in Moments._fields)]
-
-
-def _read(stored: Stored, paths: dict[KeyPath, KeyPath]) -> dict[KeyPath, Any]:
-    """Some leaves, verified, on the host; the keys are the caller's names."""
-    wanted: dict[str, dict[KeyPath, Any]] = {}
-    for path in paths.values():
-        like = stored.leaf(path)
-        like = np.empty(like.shape, like.dtype) if hasattr(like, "dtype") else like
-        wanted.setdefault(path[0], {})[path[1:]] = like
-    loaded = {item: stored.load_leaves(item, leaves) for item, leaves in wanted.items()}
-    return {name: loaded[path[0]][path[1:]] for name, path in paths.items()}
 
 
 def _parts(leaves: dict[KeyPath, np.ndarray]) -> Iterator[dict[KeyPath, np.ndarray]]:
@@ -207,12 +196,14 @@ def _added_up(
     total = None
     for snapshot, factor in zip(snapshots, factors.tolist(), strict=True):
         if factor:
-            tree = {}
-            for leaf, x in _read(snapshot.stored, {n: snapshot.paths[n] for n in like}).items():
-                wide = np.promote_types(x.dtype, like[leaf].dtype)
-                tree["/".join(leaf)] = x.astype(wide, copy=False)
+            read = snapshot.stored.read(snapshot.paths[leaf] for leaf in like)
+            wide = lambda value, x: value.astype(np.result_type(value, x), copy=False)
+            tree = {
+                "/".join(leaf): wide(read.pop(snapshot.paths[leaf]), x) for leaf, x in like.items()
+            }
             total = total or Sum(tree)
             total.add(f"{snapshot.stored.path}", tree, factor)
+            del tree  # before the next is read
             bar.update(sum(x.nbytes for x in like.values()))
     summed = total.tree() if total else {}
     return {leaf: summed["/".join(leaf)].astype(x.dtype, copy=False) for leaf, x in like.items()}
