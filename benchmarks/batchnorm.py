@@ -28,8 +28,8 @@ import batchnorm  # noqa: E402
 RECIPES = {
     "lr 0.1, decay 1e-4": {"learning_rate": 0.1, "weight_decay": 1e-4},
     "lr 0.5, decay 1e-3": {"learning_rate": 0.5, "weight_decay": 1e-3},
-    "lr 0.5, decay 5e-3": {"learning_rate": 0.5, "weight_decay": 5e-3},
     "lr 0.5, decay 1e-2": {"learning_rate": 0.5, "weight_decay": 1e-2},
+    "lr 0.5, decay 2e-2": {"learning_rate": 0.5, "weight_decay": 2e-2},
 }
 HEAD = [
     "",

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 import emaopt
 
 
-WIDTH, LAYERS, BATCH_SIZE = 64, 3, 32
+WIDTH, LAYERS, BATCH_SIZE = 64, 2, 32
 
 
 class Model(NamedTuple):
@@ -142,7 +142,8 @@ def train(
         [shuffled(rng) for _ in range(epochs)] for rng in map(np.random.default_rng, range(seeds))
     ]
     orders = np.reshape(orders, (seeds, epochs * steps, BATCH_SIZE))
-    return run(jax.vmap(jax.random.key)(jnp.arange(seeds)), orders)
+    keys = [jax.random.key(seed, impl="rbg") for seed in range(seeds)]  # compiles quickly
+    return run(jnp.stack(keys), orders)
 
 
 def recalibrated(model: Model, trained: Trained):

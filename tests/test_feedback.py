@@ -227,9 +227,10 @@ def test_it_can_be_donated_and_scanned():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stop", [4, 6], ids=["between", "at_an_overwrite"])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(dtype, stop, tmp_path):
+@pytest.mark.parametrize(
+    ("stop", "dtype"), [(4, "float32"), (6, "bfloat16")], ids=["between", "at_an_overwrite"]
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(stop, dtype, tmp_path):
     tx = chain(3, emaopt.ema(emaopt.every(3, 0.9)))
     params, grads = cast(PARAMS, dtype), [cast(g, dtype) for g in GRADS]
     history = run(tx, params, grads)
