@@ -15,9 +15,10 @@ def overwrite(
     `average`: `ema(decay)`, or what Optax and `heal` wrap around it; the state is its own. After
     its updates n, 2n, ... the updates become `average - params`, so that `optax.apply_updates`
     leads to the averages: exactly, where an average is between half and twice its parameter, and
-    otherwise to within one rounding of their difference. Leaves without an average keep their
-    update. The average itself is not changed, nor is the optimizer's state. `name`: which average,
-    where a leaf has several, as for `emaopt.average`.
+    otherwise to within one rounding of their difference, in the dtype of the updates. A parameter
+    that is NaN stays NaN. Leaves without an average keep their update. The average itself is not
+    changed, nor is the optimizer's state. `name`: which average, where a leaf has several, as for
+    `emaopt.average`.
 
     `overwrite(n, ema(after(1, momentum)))` is Keras' `ema_overwrite_frequency`; a long n, one
     epoch, Switch EMA (arXiv:2402.09240). Lookahead (arXiv:1907.08610) with slow step size alpha is

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
@@ -207,6 +208,34 @@ def test_averages_of_different_leaves_are_fed_back_together():
     both = optax.partition({"long": emaopt.ema(0.9), "short": emaopt.ema(0.5)}, labels)
     params, opt_state = run(chain(2, both))[1]
     assert_bitwise(params, emaopt.average(params, opt_state))
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        emaopt.heal(emaopt.ema(0.5)),
+        emaopt.ema(0.5, accumulator_dtype=emaopt.compensated("bfloat16"), ledger=True),
+        emaopt.ema(0.5, accumulator_dtype=emaopt.stochastic()),
+        emaopt.ema(0.5, sequential_update=False),
+    ],
+    ids=["healed", "compensated", "stochastic", "before"],
+)
+def test_averages_of_every_kind_are_fed_back(average):
+    for params, opt_state in run(chain(2, average))[1::2]:
+        for got, want in zip(
+            jax.tree.leaves(params), jax.tree.leaves(emaopt.average(params, opt_state)), strict=True
+        ):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_the_parameters_of_an_nnx_model_are_overwritten():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, chain(2, emaopt.ema(0.5)), wrt=nnx.Param)
+    loss = lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2)
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(loss)(model))
+    params = nnx.state(model, nnx.Param)
+    assert_bitwise(params, emaopt.average(params, optimizer.opt_state))
 
 
 def test_it_can_be_donated_and_scanned():
