@@ -131,23 +131,38 @@ def origin(name: str) -> tuple[str, str, str]:
 def role(name: str, known: Collection[str]) -> tuple[str, str]:
     """What TF1 keeps under a name, beside the other names; and the path that it has in emaopt.
 
+    A slot, an average, a power or a step may be in a scope: `train/w/Adam` is a slot of `w`.
+
     >>> role("w/Adam_1", ["w", "w/Adam", "w/Adam_1"])
     ('slot v of w', 'opt_state: slots/v/w')
     """
-    if name == STEP:
+    if name.split("/")[-1] == STEP:
         return "global step", f"opt_state: {OptimizerState._fields[0]}"
-    if re.fullmatch(r"beta[12]_power(_\d+)?", name):
-        return "power", f"opt_state: {OptimizerState._fields[1]}/{name}"
+    if power := re.fullmatch(r"(?:.*/)?(beta[12]_power(_\d+)?)", name):
+        return "power", f"opt_state: {OptimizerState._fields[1]}/{power[1]}"
     of, kind, number = origin(name)
+    variable = variable_of(of, known)
     if kind == AVERAGE:
+        of = variable or of
         return f"average of {of}", f"opt_state: {EmaState._fields[1]}/{of}"
-    if not kind or of not in known:
+    if not kind or variable is None:
         return "variable", f"params: {name}"
     declared = [slots for slots, other in _OPTIMIZERS.items() if other == kind]
     last = {slots: f"{of}/{kind}_{len(slots) - 1}" for slots in declared}  # RMSProp has 2 or 3
     slots = next((s for s in reversed(declared) if last[s] in known), declared[0])
     slot = slots[int(number[1:] or 0) % len(slots)]
-    return f"slot {slot} of {of}", f"opt_state: {OptimizerState._fields[2]}/{slot}/{of}"
+    return f"slot {slot} of {variable}", f"opt_state: {OptimizerState._fields[2]}/{slot}/{variable}"
+
+
+def variable_of(name: str, known: Collection[str]) -> str | None:
+    """The known variable that a name ends with, the longest one.
+
+    >>> variable_of("train/conv/kernel", ["conv/kernel", "kernel"])
+    'conv/kernel'
+    """
+    keys = name.split("/")
+    ends = ("/".join(keys[i:]) for i in range(len(keys)))
+    return next((end for end in ends if end in known), None)
 
 
 def matching(pattern: str) -> Callable[[Tree], Tree]:

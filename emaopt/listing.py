@@ -5,6 +5,7 @@ checkpoint that `emaopt.checkpoint.save` wrote, `params` holds the averages and 
 parameters.
 """
 
+import importlib
 import json
 import math
 import os
@@ -80,10 +81,24 @@ def is_tf1(path: Path) -> bool:
     raise FileNotFoundError(f"{path} does not exist{there}")
 
 
+def load_tensorflow() -> None:
+    """Load it without what its libraries print about this machine."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        importlib.import_module("tensorflow")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
 def tf1_leaves(path: Path) -> list[Leaf]:
     """The variables of a checkpoint of TF1, by name."""
     from emaopt.tf1 import inspect  # for Orbax, TensorFlow need not be there
 
+    load_tensorflow()
     return [Leaf(v.name, v.shape, v.dtype, v.role, size(v.shape, v.dtype)) for v in inspect(path)]
 
 

@@ -185,7 +185,11 @@ def test_the_average_of_an_integer_is_its_variable(orbax, tmp_path):
 @pytest.mark.parametrize("step", [True, False])
 def test_what_a_swapping_saver_wrote_gets_the_right_roles(step, tmp_path):
     names = {"w": 1, "w/ExponentialMovingAverage": 2, "alone": 3, "w/Adam": 4}
-    names |= {"w/more": 5, "w/more/ExponentialMovingAverage": 6}
+    names |= {
+        "w/more": 5,
+        "w/more/ExponentialMovingAverage": 6,
+        "w/late/ExponentialMovingAverage": 8,
+    }
     names |= {"global_step": 7} if step else {}
     write(tmp_path / "tf1", **{name: np.float32(value) for name, value in names.items()})
     for options, destination in ([], "all"), (["--averages"], "averages"):
@@ -236,8 +240,9 @@ def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
         ("convert {orbax}/adam golden/model.ckpt-20", "/golden/model.ckpt-20 exists"),
         ("convert {orbax}/adam file/model.ckpt-20", "/file/model.ckpt-20 cannot be written: "),
         ("convert --averages no_average new", "SOURCE has no averages named Exponen"),
-        ("convert --averages no_average new", "Leave out --averages, or pass --average-name"),
-        ("convert --swapped no_average new", "Leave out --swapped, or pass --average-name"),
+        ("convert --swapped no_average new", "another --average-name, or leave out --averages"),
+        ("convert --average-name slow golden new", "SOURCE has no averages named slow. Pass"),
+        ("convert --averages scope new", "Pass --average-name 'train/{}/ExponentialMovingAv"),
         ("convert --swapped {orbax}/none new/model.ckpt-1", "SOURCE has no averages named"),
         ("convert --swapped {orbax}/two new/model.ckpt-1", "bias has several averages. Leave out"),
         (
@@ -257,6 +262,7 @@ def test_what_is_wrong_gets_one_line(arguments, told, orbax, tmp_path, monkeypat
     (tmp_path / "golden").symlink_to(GOLDEN / "adam")
     (tmp_path / "no_average").symlink_to(GOLDEN / "no_average")
     write(tmp_path / "strings", words=np.array([b"a"], object))
+    write(tmp_path / "scope", **{"a/w": 1.0, "train/a/w/ExponentialMovingAverage": 2.0})
     with pytest.raises(SystemExit) as exit_:
         main(arguments.format(orbax=orbax).split())
     assert exit_.value.code == 2

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 import emaopt
 from emaopt import checkpoint
 from emaopt.__main__ import main
-from emaopt.listing import Leaf, table
+from emaopt.listing import Leaf, load_tensorflow, table
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"
@@ -113,6 +113,16 @@ def test_ls_in_a_pipe_is_plain_quiet_and_whole():
     row = "mlp/dense/kernel/ExponentialMovingAverage  [3,4]  float32     48  "
     assert lines[-3] == row + "average of mlp/dense/kernel"
     assert lines[-1] == "11 leaves, 272 bytes"
+
+
+def test_what_tensorflow_prints_when_it_is_loaded_is_not_shown(tmp_path, monkeypatch, capfd):
+    (tmp_path / "tensorflow.py").write_text("import os; os.write(2, b'no GPU')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    load_tensorflow()
+    os.write(2, b"shown")
+    monkeypatch.delitem(sys.modules, "tensorflow")
+    assert capfd.readouterr().err == "shown"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, None])

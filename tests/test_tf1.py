@@ -447,6 +447,28 @@ def test_inspect_says_what_a_variable_is_and_becomes():
     assert power == ("beta1_power", (), "float32", "power", "opt_state: powers/beta1_power")
 
 
+def test_a_scope_around_the_optimizer_is_named_by_a_dict_and_seen_by_inspect(tmp_path):
+    opt_state = ADAM.init(W)
+    scoped = {name: f"train/{name}" for name in jax.tree.leaves(emaopt.names(opt_state))}
+    saved = ramp(W), opt_state
+    tf1.save(tmp_path / "x", *saved, rename=scoped)
+    assert_same(tf1.load(tmp_path / "x", W, opt_state, rename=scoped), saved)
+    found = {v.name: (v.role, v.becomes) for v in tf1.inspect(tmp_path / "x")}
+    assert found["train/w/Adam_1"] == ("slot v of w", "opt_state: slots/v/w")
+    assert found[f"train/{average_name('w')}"] == ("average of w", "opt_state: shadow/w")
+    assert found["train/beta1_power"] == ("power", "opt_state: powers/beta1_power")
+    assert found["train/global_step"] == ("global step", "opt_state: step")
+    assert found["w"] == ("variable", "params: w")
+
+
+def test_powers_of_several_optimizers_are_told_apart_by_a_dict(tmp_path):
+    tx = optax.partition({"w": adam(), "b": adam(beta1=0.5)}, {"w": "w", "b": "b"})
+    swap = {"beta1_power": "beta1_power_1", "beta1_power_1": "beta1_power"}
+    tf1.save(tmp_path / "x", W, tx.init(W), rename=swap)
+    assert stored(tmp_path / "x")["beta1_power"] == np.float32(0.9)
+    assert stored(tmp_path / "x")["beta1_power_1"] == np.float32(0.5)
+
+
 # what is wrong
 
 

@@ -28,7 +28,7 @@ from emaopt.checkpoint._index import KeyPath
 from emaopt.checkpoint._items import check_leaves, inventory
 from emaopt.checkpoint._leaf import shape
 from emaopt.checkpoint._stored import Stored, locate
-from emaopt.listing import absolute, is_tf1, size
+from emaopt.listing import absolute, is_tf1, load_tensorflow, size
 from emaopt.tf1._files import Checkpoint, cast, write
 
 from ._layout import Form, Variable, in_orbax, in_tf1
@@ -54,6 +54,7 @@ def convert(
     to_orbax = is_tf1(here)
     if there.exists() or Path(f"{there}.index").exists():
         raise FileExistsError(f"{there} exists. Pass another DESTINATION")
+    load_tensorflow()
     (_to_orbax if to_orbax else _to_tf1)(here, there, form)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._ema import EmaState, SwappedEmaState
-from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role
+from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role, variable_of
 from emaopt._optimizers import OptimizerState
 from emaopt._tree import Tree
 from emaopt.checkpoint._digest import DIGESTS
@@ -87,10 +87,20 @@ def _averages(stored: Collection[str], form: Form) -> dict[str, str]:
     pattern = re.escape(name_of_average(form.average_name)("\0")).replace(re.escape("\0"), "(.+)")
     found = {name: re.fullmatch(pattern, name, re.DOTALL) for name in sorted(stored)}
     averages = {of[1]: name for name, of in found.items() if of}
-    if not averages and (form.averages or form.swapped):
+    asked = form.averages or form.swapped
+    for of, name in list(averages.items()):
+        variable = variable_of(of, stored)
+        if variable not in (None, of):
+            if asked:
+                raise ValueError(
+                    f"{name} is the average of {variable}. Pass "
+                    f"--average-name '{name.replace(variable, '{}')}'"
+                )
+            del averages[of]
+    if not averages and (asked or form.average_name != AVERAGE):
         raise ValueError(
-            f"SOURCE has no averages named {form.average_name}. Leave out "
-            f"{'--averages' if form.averages else '--swapped'}, or pass --average-name"
+            f"SOURCE has no averages named {form.average_name}. Pass another --average-name, or "
+            "leave out --averages and --swapped"
         )
     return averages
 

@@ -75,6 +75,9 @@ def load(
     here (`depthwise`). `average_name`: the `name=` of TF1's `ExponentialMovingAverage`, the whole
     name with `{}` for the variable's, or a function from that to the average's.
 
+    Several optimizers in one graph: TF1 numbers their powers (`beta1_power_1`) as they were made,
+    `emaopt.names(opt_state)` by their place in the state. A dict sets right what differs.
+
     A leaf may be wider than its variable (TF1's slots are as narrow as their variable); one that
     would lose a bit is refused. All that is missing, left over or of another shape or dtype is
     listed in one ValueError. With `strict=False` these leaves stay as they are, and the result is
