@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     _add_ls(commands)
     _add_convert(commands)
     _add_synthesize(commands)
+    _add_diff(commands)
     arguments = vars(parser.parse_args(argv))
     arguments.pop("command")(**arguments)
 
@@ -260,6 +261,49 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
                 ) from None
 
     synthesize.set_defaults(command=command)
+
+
+def _add_diff(commands: argparse._SubParsersAction) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="how far apart two checkpoints are, or averages and parameters",
+        description=(
+            "Compare two checkpoints, of TF1 or of Orbax, leaf by leaf: the largest difference,\n"
+            "and the L2 norm of the difference relative to the larger of both. What differs most\n"
+            "comes first. Without B: the averages in A, and the parameters in it.\n\n"
+            "If one of them is of TF1, the other one is compared as what emaopt convert would\n"
+            "make of it.\n\n"
+            "The exit code is 0 if all is equal, 1 if anything differs, 2 if anything is wrong."
+        ),
+        epilog=(
+            "examples:\n"
+            "  emaopt diff emaopt-demo/checkpoints/10 emaopt-demo/checkpoints/20\n"
+            "  emaopt diff emaopt-demo/checkpoints        its averages against its parameters\n"
+            "  emaopt diff run/model.ckpt-20 converted --json\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    diff.add_argument("a", metavar="A", help="as for emaopt ls")
+    diff.add_argument("b", metavar="B", nargs="?", help="another one")
+    diff.add_argument("--json", action="store_true", dest="as_json", help="for machines")
+
+    def command(a, b, as_json):
+        differs = False
+        with _checkpoint_errors(diff):
+            from emaopt.diff import compare, show
+
+            try:
+                found = compare(a, b)
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    f'{error.name} is not installed. pip install "emaopt[tf1]"'
+                ) from None
+            differs = not found.equal
+            show(found, a, b, as_json)
+        if differs:
+            sys.exit(1)
+
+    diff.set_defaults(command=command)
 
 
 @contextmanager

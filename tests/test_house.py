@@ -64,7 +64,11 @@ ROOMS = {
         {"_tree", "_schedules", "checkpoint", "posthoc", "listing"},
         LIGHT | {"etils", "orbax", "tqdm", "matplotlib"},
     ),
-    "__main__": ({"", "demo", "listing", "convert", "synthesize"}, set()),
+    "diff": (
+        {"_tree", "_names", "checkpoint", "listing", "convert", "tf1"},
+        {"numpy", "etils"},
+    ),
+    "__main__": ({"", "demo", "listing", "convert", "synthesize", "diff"}, set()),
     "__init__": (CORE, set()),
 }
 # jax loads etils itself
