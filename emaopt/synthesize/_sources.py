@@ -66,7 +66,8 @@ def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> Source | None
         own = np.array(list(_moments(source.decay, steps)))
         return float(np.max(np.abs(own - recorded) / [1, *recorded[-1, 1:]]))
 
-    best = min((_fitted(kind, steps[-1], recorded[-1, 1]) for kind in _KINDS), key=off)
+    found = [_fitted(kind, steps[-1], recorded[-1, 1]) for kind in _KINDS]
+    best = min(found, key=lambda source: max(off(source), 1e-5))  # of equals, the first
     return best if off(best) < TOLERANCE else None
 
 
