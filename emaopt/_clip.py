@@ -153,8 +153,10 @@ def global_norm(tree: Tree) -> jax.Array:
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
     leaves = [x.astype(wide(x.dtype)) for x in leaves]
     dtype = max((x.dtype for x in leaves), key=lambda d: d.itemsize, default=jnp.float32)
-    squares = [jnp.sum(x * x).astype(dtype) for x in leaves]
-    return _norm(sum(squares, jnp.zeros((), dtype)))
+    squares = [jnp.zeros((), dtype), *(jnp.sum(x * x).astype(dtype) for x in leaves)]
+    # the maximum changes nothing, NaN neither; without it XLA makes of the sum one addition per
+    # leaf, and repeats them all inside every leaf that is scaled
+    return _norm(jnp.sum(jnp.maximum(jnp.stack(squares), 0)))
 
 
 def _norm(squares):
