@@ -117,6 +117,10 @@ variables_to_restore moving_average_variables MovingAverageOptimizer sequential_
 swapping_saver tf.train.Saver max_to_keep saver.save saver.restore latest_checkpoint
 tf.group get_or_create_global_step create_global_step get_global_step tf.train.global_step
 FileWriter tf.summary.scalar add_summary summary_iterator add_graph write_graph
+piecewise_constant_decay load_variable load_checkpoint init_from_checkpoint warm_start get_checkpoint_state
+checkpoint_exists CheckpointManager MonitoredTrainingSession Supervisor Scaffold SessionManager
+NanTensorHook SessionRunHook StopAtStepHook Server ClusterSpec replica_device_setter
+shuffle_batch string_input_producer
 Coordinator should_stop request_stop start_queue_runners QueueRunner add_queue_runner
 """
 
@@ -210,6 +214,7 @@ EQUAL = {
     "`tf.train.global_step(sess, tensor)`": 2,
     "`saver.save(sess, path, global_step)`": True,
     "`tf.train.latest_checkpoint(path)`": 3,
+    "`tf.train.get_checkpoint_state(path)`": [3],
     "`tf.train.list_variables(path)`": [
         "beta1_power",
         "beta2_power",
