@@ -3,6 +3,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -17,6 +18,9 @@ from emaopt.__main__ import main
 
 
 EPOCHS = 4
+STEPS = 28  # of an epoch
+WRITER = find_spec("tensorboardX") is not None
+needs_writer = pytest.mark.skipif(not WRITER, reason="needs tensorboardX")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 # `emaopt demo`, met by a signal in the middle of an epoch
@@ -61,7 +65,8 @@ def item(out, epoch, name):
 def finished(tmp_path_factory):
     """A run without a break: its directory and its output."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    done = call("-m", "emaopt", "demo", "--epochs", EPOCHS, "--out", out)
+    logged = ("--tensorboard", out.parent / "logs") if WRITER else ()
+    done = call("-m", "emaopt", "demo", "--epochs", EPOCHS, "--out", out, *logged)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -104,6 +109,54 @@ def test_the_picture_shows_both_curves(finished):
     for color in "#1f4e9c", "#c2703d":
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert np.sum(np.all(pixels[..., :3] == rgb, axis=-1)) > 300
+
+
+@needs_writer
+def test_tensorboard_gets_curves_histograms_and_the_graph(finished):
+    import eventfile
+
+    out, done = finished
+    found = eventfile.values(out.parent / "logs")
+    epochs = [STEPS * epoch for epoch in range(1, EPOCHS + 1)]
+    points = list(range(demo.AT_ONCE, STEPS * EPOCHS + 1, demo.AT_ONCE))
+    curves = {
+        *("loss", "learning_rate", "params/norm", "slots/momentum", "slots/rms"),
+        *("average/decay", "average/distance"),
+        *("gradients/norm", "gradients/clipped_norm", "gradients/clipped"),
+    }
+    histograms = {
+        f"{layer}/{leaf}{kind}"
+        for layer in ("conv1", "conv2", "dense", "logits")
+        for leaf in ("kernel", "bias")
+        for kind in ("", "/RMSProp", "/RMSProp_1", "/ExponentialMovingAverage")
+    }
+    assert found.keys() == curves | histograms | {"accuracy/raw", "accuracy/averaged"}
+    assert all([step for step, _ in found[tag]] == points for tag in curves)
+    assert all([step for step, _ in found[tag]] == epochs for tag in found.keys() - curves)
+    value = {tag: np.array([x for _, x in found[tag]]) for tag in found.keys() - histograms}
+    _, losses, *accuracies = zip(*table(done.stdout), strict=True)
+    for column, shown in zip(("raw", "averaged"), accuracies, strict=True):
+        assert [f"{x:.2%}" for x in value[f"accuracy/{column}"]] == list(shown)
+    means = np.mean(value["loss"].reshape(EPOCHS, -1), axis=1)
+    assert [f"{x:.4f}" for x in means] == list(losses)
+    clipped = value["gradients/clipped"]
+    assert 0 == clipped.min() < clipped.max() == 1
+    assert np.all((value["gradients/norm"] > value["gradients/clipped_norm"]) == (clipped > 0))
+    scopes = {name.split("/")[0] for name in eventfile.graph(out.parent / "logs")}
+    assert scopes == {"arguments", "gradients", "update", "summary", "results"}
+    assert f"curves      tensorboard --logdir {out.parent / 'logs'}" in done.stdout
+
+
+@needs_writer
+def test_a_resumed_run_replaces_what_came_after_its_checkpoint(finished, tmp_path, monkeypatch):
+    import eventfile
+
+    out, _ = finished
+    monkeypatch.setattr(demo, "_in_another_process", demo.evaluate)
+    arguments = ["--epochs", str(EPOCHS), "--resume", "--tensorboard", str(tmp_path)]
+    main(["demo", "--out", str(out), *arguments])
+    started = [event.step for event in eventfile.events(tmp_path) if event.session_log.status]
+    assert started == [STEPS * EPOCHS + 1]
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -183,6 +236,11 @@ def test_the_seed_and_the_epoch_decide_the_batches():
         ("demo --quick", "emaopt: unrecognized arguments: --quick"),
         ("demo --out used", "emaopt demo: --out used is not empty. Pass --resume to go on there"),
         ("demo --out used/file", "--out used/file cannot be used: Not a directory. Pass another"),
+        pytest.param(
+            "demo --tensorboard used/file",
+            "emaopt demo: --tensorboard used/file cannot be used: File exists. Pass another DIR",
+            marks=needs_writer,
+        ),
         ("demo --resume", "emaopt demo: --out emaopt-demo holds no run. Leave out --resume"),
         ("demo --out used --resume", "emaopt demo: --out used holds no run. Leave out --resume"),
     ],
@@ -209,13 +267,22 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
         main(["demo"])
 
 
+def test_without_tensorboardx_nothing_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r'tensorboardX is .* pip install "emaopt\[tensorboard\]"'):
+        main(["demo", "--tensorboard", "logs"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_shows_every_argument_and_examples(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["demo", "--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for argument in "--seed", "--epochs", "--out", "--resume", "emaopt demo --epochs 60 --resume":
+    for argument in "--seed", "--epochs", "--out", "--resume", "--tensorboard":
         assert argument in shown
+    assert "emaopt demo --epochs 60 --resume" in shown
 
 
 def test_the_command_is_installed_and_knows_its_version():

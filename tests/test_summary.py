@@ -21,6 +21,9 @@ RATE = emaopt.exponential_decay(0.5, decay_steps=1, decay_rate=0.5)
 DECAY = emaopt.warmup(0.9)
 FLOATS = {"a": True, "b": True, "n": False}
 
+if find_spec("tensorboardX"):
+    import eventfile
+
 needs_writer = pytest.mark.skipif(find_spec("tensorboardX") is None, reason="needs tensorboardX")
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
 
@@ -219,31 +222,6 @@ def test_without_tensorboardx_the_writer_says_what_to_install(monkeypatch, tmp_p
         summary.writer(tmp_path)
 
 
-def events(directory):
-    """Every event in the files of a directory: frames of a length, a checksum, the event, another.
-
-    In the order in which they were written.
-    """
-    from tensorboardX.proto.event_pb2 import Event
-
-    for file in sorted(directory.glob("*tfevents*")):
-        data, at = file.read_bytes(), 0
-        while at < len(data):
-            size = int.from_bytes(data[at : at + 8], "little")
-            yield Event.FromString(data[at + 12 : at + 12 + size])
-            at += size + 16
-
-
-def written(directory):
-    """The values by tag, as `(step, value)`."""
-    found = {}
-    for event in events(directory):
-        for value in event.summary.value:
-            kind = value.WhichOneof("value")
-            found.setdefault(value.tag, []).append((event.step, getattr(value, kind)))
-    return found
-
-
 @needs_writer
 def test_scalars_are_written_under_their_tags_and_steps(tmp_path):
     opt_state = trained(emaopt.ema(0.5))[1]
@@ -251,7 +229,7 @@ def test_scalars_are_written_under_their_tags_and_steps(tmp_path):
     with summary.writer(tmp_path) as log:
         log.write(summary.scalars(params, opt_state, loss=jnp.array(0.5)))
         log.write({"accuracy/raw": 0.25, "right": np.True_, "seen": 3}, step=20)
-    assert written(tmp_path) == {
+    assert eventfile.values(tmp_path) == {
         "params/norm": [(1, pytest.approx(47.25**0.5))],
         "average/distance": [(1, 0.0)],
         "loss": [(1, 0.5)],
@@ -266,7 +244,7 @@ def test_of_several_steps_the_means_are_written_at_the_last_one(tmp_path):
     rows = [{"global_step": jnp.array(i), "clipped": jnp.array(i % 2)} for i in range(5, 9)]
     with summary.writer(tmp_path) as log:
         log.write(iter([*rows, {"global_step": 9, "clipped": 1.0, "late": 2.0}]))
-    assert written(tmp_path) == {"clipped": [(9, pytest.approx(0.6))], "late": [(9, 2.0)]}
+    assert eventfile.values(tmp_path) == {"clipped": [(9, pytest.approx(0.6))], "late": [(9, 2.0)]}
 
 
 @needs_writer
@@ -292,7 +270,7 @@ def test_histograms_count_every_floating_point_array_by_its_name(tmp_path):
     _, opt_state = trained(emaopt.ema(0.5), 3, params, jax.tree.map(jnp.zeros_like, params))
     with summary.writer(tmp_path) as log:
         log.histograms(params, opt_state)
-    found = written(tmp_path)
+    found = eventfile.values(tmp_path)
     assert found.keys() == {"w", "w/ExponentialMovingAverage"}
     ((step, counted),) = found["w"]
     assert (step, counted.num, counted.min, counted.max) == (3, x.size, x.min(), x.max())
@@ -317,28 +295,16 @@ def test_histograms_count_every_floating_point_array_by_its_name(tmp_path):
 def test_a_histogram_is_of_the_finite_elements(values, least, most, number, tmp_path):
     with summary.writer(tmp_path) as log:
         log.histograms({"w": jnp.array(values)}, emaopt.EmaState(jnp.array(7), {}), step=4)
-    ((step, counted),) = written(tmp_path)["w"]
+    ((step, counted),) = eventfile.values(tmp_path)["w"]
     assert (step, counted.min, counted.max, counted.num) == (4, least, most, number)
     assert sum(counted.bucket) == number
     assert np.all(np.isfinite(counted.bucket_limit))
 
 
-def graph_in(directory):
-    from tensorboardX.proto.graph_pb2 import GraphDef
-
-    (graph,) = [event.graph_def for event in events(directory) if event.graph_def]
-    nodes = {}
-    for node in GraphDef.FromString(graph).node:
-        assert node.name not in nodes
-        assert {source.split(":")[0] for source in node.input} <= nodes.keys()
-        nodes[node.name] = node
-    return nodes
-
-
 def drawn(tmp_path, function, *args):
     with summary.writer(tmp_path) as log:
         log.graph(function, *args)
-    return graph_in(tmp_path)
+    return eventfile.graph(tmp_path)
 
 
 def shapes(node):
@@ -403,6 +369,14 @@ def test_a_function_that_is_called_is_a_scope_and_a_branch_is_one_node(tmp_path)
 
 
 @needs_writer
+def test_an_array_that_is_closed_over_is_a_constant(tmp_path):
+    table = jnp.arange(2.0)
+    nodes = drawn(tmp_path, jax.jit(lambda x: x + table), jnp.ones(2))
+    assert nodes["constant"].op == "constant"
+    assert list(nodes["add"].input) == ["arguments/x", "constant"]
+
+
+@needs_writer
 def test_the_graph_of_a_training_step_has_the_scopes_of_its_model(tmp_path):
     def loss(params, x):
         with jax.named_scope("layer"):
@@ -422,7 +396,7 @@ def test_the_graph_of_a_training_step_has_the_scopes_of_its_model(tmp_path):
 def test_a_text_is_written(tmp_path):
     with summary.writer(tmp_path) as log:
         log.text("about", "lr = *0.1*", step=2)
-    (((step, tensor),),) = written(tmp_path).values()
+    (((step, tensor),),) = eventfile.values(tmp_path).values()
     assert (step, list(tensor.string_val)) == (2, [b"lr = *0.1*"])
 
 
@@ -434,7 +408,7 @@ def test_an_error_closes_the_file_with_all_that_was_written(tmp_path):
 
     with pytest.raises(KeyboardInterrupt), summary.writer(tmp_path) as log:
         stop(log)
-    assert written(tmp_path) == {"loss": [(1, 1.0)]}
+    assert eventfile.values(tmp_path) == {"loss": [(1, 1.0)]}
 
 
 @needs_writer
@@ -458,7 +432,7 @@ def test_of_several_processes_the_first_one_writes(tmp_path, monkeypatch):
 def test_what_cannot_be_written_is_told_and_not_written(scalars, said, tmp_path):
     with summary.writer(tmp_path) as log, pytest.raises(ValueError, match=said):
         log.write(scalars)
-    assert not written(tmp_path)
+    assert not eventfile.values(tmp_path)
 
 
 @needs_writer
