@@ -6,9 +6,9 @@
 One jitted step of Adam and k averages, each with its own decay, parameters and state donated.
 Every round takes a step of each variant, in turn, in one process; the table has the least time of
 each beside that of Adam alone, and the bytes that the compiled step accesses by XLA's count. "k
-times one" is what the first average adds, k times. The second table is an evaluation of all
-averages at once, `jax.vmap` over `emaopt.stacked`, against one after the other. Writes
-`benchmarks/several.md`.
+times one" is what the first average adds, k times. "Fed back" overwrites the parameters by the
+average every ten updates. The second table is an evaluation of all averages at once, `jax.vmap`
+over `emaopt.stacked`, against one after the other. Writes `benchmarks/several.md`.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import emaopt
 
 HERE = Path(__file__).parent
 DECAYS = [0.999, emaopt.half_life(500), emaopt.warmup(0.9999), emaopt.power(6.94)]
-NUMBERS = [0, 1, 2, 4]
 LAYERS = 8
 
 
@@ -36,16 +35,17 @@ def parameters(millions: float):
     return {f"layer{i}": jax.random.normal(k, (width, width)) for i, k in enumerate(keys)}
 
 
-def transformation(k: int) -> optax.GradientTransformation:
+def transformation(k: int, fed_back: bool = False) -> optax.GradientTransformation:
     averages = [(f"average{i}", emaopt.ema(decay)) for i, decay in enumerate(DECAYS[:k])]
+    if fed_back:
+        averages = [(name, emaopt.overwrite(10, average)) for name, average in averages]
     return optax.named_chain(("adam", emaopt.adam()), *averages)
 
 
 class Training:
     """A donated step, compiled ahead, and what it carries."""
 
-    def __init__(self, k: int, millions: float):
-        tx = transformation(k)
+    def __init__(self, tx: optax.GradientTransformation, millions: float):
 
         def step(params, opt_state):
             grads = params
@@ -75,19 +75,26 @@ def least_seconds(calls: dict, rounds: int) -> dict:
 
 
 def training_rows(millions: float, rounds: int):
-    trainings = {k: Training(k, millions) for k in NUMBERS}
+    variants = {
+        "Adam": (0, transformation(0)),
+        "Adam, 1 average": (1, transformation(1)),
+        "Adam, 2 averages": (2, transformation(2)),
+        "Adam, 4 averages": (4, transformation(4)),
+        "Adam, 1 average, fed back": (1, transformation(1, fed_back=True)),
+    }
+    trainings = {name: Training(tx, millions) for name, (_, tx) in variants.items()}
     seconds = least_seconds(trainings, rounds)
-    ratio = {k: seconds[k] / seconds[0] for k in NUMBERS}
-    volume = {k: t.bytes / trainings[0].bytes for k, t in trainings.items()}
-    for k in NUMBERS:
-        cells = [
-            f"{ratio[k]:.2f}",
-            f"{(ratio[k] - 1) / (k * (ratio[1] - 1)):.2f}" if k else "",
-            f"{trainings[k].bytes / 1e9:.3f}",
-            f"{volume[k]:.2f}",
-            f"{(volume[k] - 1) / (k * (volume[1] - 1)):.2f}" if k else "",
-        ]
-        yield f"Adam, {k} average{'s' * (k != 1)}" if k else "Adam", *cells
+    volumes = {name: training.bytes for name, training in trainings.items()}
+    adam, one = list(variants)[:2]
+
+    def ratios(found, name):
+        k = variants[name][0]
+        added = (found[name] - found[adam]) / (k * (found[one] - found[adam])) if k else 0
+        return f"{found[name] / found[adam]:.2f}", f"{added:.2f}" if k else ""
+
+    for name in variants:
+        gigabytes = f"{volumes[name] / 1e9:.3f}"
+        yield name, *ratios(seconds, name), gigabytes, *ratios(volumes, name)
 
 
 def evaluation(width: int) -> dict:
