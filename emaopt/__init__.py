@@ -48,6 +48,7 @@ from ._optimizers import (
     momentum as momentum,
     rmsprop as rmsprop,
 )
+from ._packing import pack as pack, unpack as unpack, unpacked as unpacked
 from ._rounding import compensated as compensated, stochastic as stochastic
 from ._schedules import (
     Decay as Decay,

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from ._packing import check_unpacked
 from ._tree import Tree, check, is_concrete, leaf_names, scalar, tree_map, wide, zip_leaves
 
 
@@ -85,6 +86,7 @@ def clip_by_norm(
 
     def update(updates, state, params=None):
         del params
+        check_unpacked("updates", updates, "Wrap it: emaopt.unpacked(clip_by_norm(...)).")
         _check_axes(axes, updates)
         return _per_leaf(clip, updates, clip_norm), state
 
@@ -109,6 +111,7 @@ def clip_by_average_norm(clip_norm: ArrayLike) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
+        check_unpacked("updates", updates, "Wrap it: emaopt.unpacked(clip_by_average_norm(...)).")
         return _per_leaf(clip, updates, clip_norm), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)

@@ -13,6 +13,7 @@ import jax
 
 from ._ema import EmaState, SwappedEmaState
 from ._optimizers import OptimizerState
+from ._packing import check_unpacked
 from ._tree import Tree, check_unique, did_you_mean, is_inexact, is_none, leaf_names
 
 
@@ -95,6 +96,9 @@ def _all(tree: Any, name: str) -> Any:
 
 def _plain(tree: Tree) -> Tree:
     """The names by key path, absent leaves absent; two of the same name are an error."""
+    check_unpacked(
+        "tree", tree, "Its leaves have names in emaopt.unpack(tree); for a mask, emaopt.unpacked."
+    )
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
     found = leaf_names(tree)
     check_unique(found, leaves)

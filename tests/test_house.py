@@ -17,6 +17,7 @@ CORE = {
     "_rounding",
     "_ledger",
     "_schedules",
+    "_packing",
     "_clip",
     "_optimizers",
     "_ema",
@@ -32,7 +33,8 @@ LIGHT = {"jax", "numpy", "optax"}
 ROOMS = {
     "_tree": (set(), LIGHT),
     "_schedules": ({"_tree"}, LIGHT),
-    "_clip": ({"_tree"}, LIGHT),
+    "_packing": ({"_tree"}, LIGHT),
+    "_clip": ({"_tree", "_packing"}, LIGHT),
     "_optimizers": ({"_tree"}, LIGHT),
     "_rounding": (set(), LIGHT),
     "_ledger": ({"_rounding"}, LIGHT),
@@ -42,7 +44,7 @@ ROOMS = {
     "_feedback": ({"_tree", "_averages"}, LIGHT),
     "_statistics": ({"_tree", "_schedules", "_ema"}, LIGHT),
     "_training": ({"_tree"}, LIGHT),
-    "_names": ({"_tree", "_ema", "_optimizers"}, LIGHT),
+    "_names": ({"_tree", "_ema", "_optimizers", "_packing"}, LIGHT),
     "checkpoint": (
         {"_tree", "_ema", "_averages", "_names"},
         LIGHT | {"orbax", "etils", "safetensors"},

@@ -1,0 +1,293 @@
+"""Many small leaves in one array.
+
+A training step of a thousand small leaves is bookkeeping, some microseconds per array, and little
+else. `pack` puts them into one array per dtype, `unpack` takes them out again, bit for bit. What is
+computed element by element is the same on either.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.tree_util import DictKey
+
+from ._tree import Tree, check, check_unique, describe, is_concrete, is_inexact, is_none, leaf_names
+
+
+class _Place(NamedTuple):
+    """Where a leaf is: in which array, of which shape; `joined`: with others, in their order."""
+
+    array: str
+    name: str
+    shape: tuple[int, ...]
+    joined: bool
+
+
+class _Layout:
+    """Where all leaves of a tree are. Hashed once: every call of a jitted function asks."""
+
+    def __init__(self, treedef: Any, places: tuple[_Place, ...]):
+        self.treedef, self.places = treedef, places
+        self.arrays: dict[str, list[int]] = {}
+        for i, place in enumerate(places):
+            self.arrays.setdefault(place.array, []).append(i)
+        self.hash = hash((treedef, places))
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: Any) -> bool:
+        return self is other or (
+            isinstance(other, _Layout)
+            and (self.treedef, self.places) == (other.treedef, other.places)
+        )
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Packed:
+    """What `pack` makes: a pytree node with few arrays, in place of a tree with many.
+
+    Its leaves: one array `[n]` per dtype, and the leaves that were not joined.
+    """
+
+    def __init__(self, layout: _Layout, arrays: tuple):
+        self._layout, self._arrays = layout, arrays
+
+    def tree_flatten_with_keys(self):
+        """For JAX: the arrays, by name."""
+        keys = map(DictKey, self._layout.arrays)
+        return tuple(zip(keys, self._arrays, strict=True)), self._layout
+
+    def tree_flatten(self):
+        """For JAX: the arrays."""
+        return self._arrays, self._layout
+
+    @classmethod
+    def tree_unflatten(cls, layout, arrays):
+        """For JAX: the arrays, or whatever is in their place."""
+        return cls(layout, tuple(arrays))
+
+    def __repr__(self) -> str:
+        arrays = dict(zip(self._layout.arrays, self._arrays, strict=True))
+        return f"Packed({len(self._layout.places)} leaves in {arrays})"
+
+
+def pack(tree: Tree, like: Tree = None, max_size: int = 2**16) -> Any:
+    """The leaves of a tree joined, one array per dtype, as a pytree node in place of the tree.
+
+    Pack the parameters once, before `tx.init`, and open them in the loss:
+    `loss(unpack(params), ...)`. Gradients, slots and averages are then packed as well. For what
+    needs the original names (`names`, `emaopt.checkpoint`, `tf1`): `unpack((params, opt_state))`,
+    and back `pack((params, opt_state), like=...)`, where `like` has packed nodes in the same
+    places, as the state of `tx.init`.
+
+    Not joined: leaves above `max_size` elements (joining copies them), those sharded over several
+    devices, and keys. A transformation sees arrays where it saw leaves, which is the same for what
+    works element by element and for `clip_by_global_norm`. What treats every leaf by itself, by
+    norm or by name, goes into `unpacked`. `heal` mends whole arrays, and `stochastic` draws other
+    numbers.
+
+    >>> pack({"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])})
+    Packed(2 leaves in {'float32_9a5fbd5f': Array([1., 2., 3.], dtype=float32)})
+    """
+    if like is not None:
+        return _like(tree, like)
+    check("max_size", max_size, lambda x: x >= 0, "a number of elements, 0 or more")
+    check_unpacked("tree", tree, "It need not be packed again.")
+    leaves, treedef = jax.tree.flatten(tree)
+    there = [x is not None for x in jax.tree.leaves(tree, is_leaf=is_none)]
+    names = [name for name, is_there in zip(leaf_names(tree), there, strict=True) if is_there]
+    check_unique(names, leaves)
+    leaves = [jnp.asarray(x) for x in leaves]
+    kinds = [_kind(x, max_size) for x in leaves]
+    joined: dict[Any, list] = {}
+    for kind, name, x in zip(kinds, names, leaves, strict=True):
+        joined.setdefault(kind, []).append((name, x.shape))
+    # a checkpoint of other leaves must not fit, so the name of an array says what is in it
+    called = {
+        kind: f"{kind[0]}_{zlib.crc32(repr(members).encode()):08x}"
+        for kind, members in joined.items()
+        if kind is not None
+    }
+    places = (
+        _Place(called.get(kind, name), name, x.shape, kind is not None)
+        for kind, name, x in zip(kinds, names, leaves, strict=True)
+    )
+    return _fill(_Layout(treedef, tuple(places)), leaves)
+
+
+def unpack(tree: Tree) -> Tree:
+    """The tree with every packed node opened: the original leaves, bit for bit.
+
+    Of anything with packed nodes in it: parameters, a state, both. Cheap inside a loss: its
+    derivative joins the gradients once. What stands for a whole array (a mask, a count) goes to
+    every leaf of it.
+
+    >>> unpack((pack({"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])}), 7))
+    ({'a': Array([1., 2.], dtype=float32), 'b': Array([[3.]], dtype=float32)}, 7)
+    """
+    return jax.tree.map(
+        lambda node: _open(node) if _is_packed(node) else node, tree, is_leaf=_is_packed
+    )
+
+
+def unpacked(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A transformation that sees the leaves, in a chain that works on packed ones.
+
+    For what treats every leaf by itself, by norm or by name. Its state is not packed.
+
+    >>> import emaopt
+    >>> tx = optax.chain(unpacked(emaopt.clip_by_norm(2.5)), emaopt.momentum(0.1, 0.9))
+    >>> weights = unpacked(optax.masked(optax.add_decayed_weights(1e-4), emaopt.matching("kernel")))
+    """
+    inner = optax.with_extra_args_support(transformation)
+
+    def init(params):
+        return inner.init(unpack(params))
+
+    def update(updates, state, params=None, **extra):
+        new, state = inner.update(unpack(updates), state, unpack(params), **extra)
+        return pack(new, like=updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_unpacked(name: str, tree: Tree, fix: str) -> None:
+    """Raise if there is a packed node in a tree."""
+    if any(map(_is_packed, jax.tree.leaves(tree, is_leaf=_is_packed))):
+        raise ValueError(f"{name} is packed. {fix}")
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Packed)
+
+
+def _kind(x: jax.Array, max_size: int) -> Any:
+    """What a leaf has in common with those that it can be joined with; `None` if with none."""
+    if x.size > max_size or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return None
+    if not is_concrete(x):
+        return None if any(jax.typeof(x).sharding.spec) else (x.dtype, None)
+    if not x.sharding.is_fully_replicated:
+        return None
+    return x.dtype, (frozenset(x.sharding.device_set), x.sharding.memory_kind)
+
+
+def _like(tree: Tree, like: Tree) -> Tree:
+    """The tree with packed nodes where `like` has them."""
+    nodes, treedef = jax.tree.flatten(like, is_leaf=_is_packed)
+    if not any(map(_is_packed, nodes)):
+        raise ValueError("like holds nothing packed. Pass what pack gave, or leave it out.")
+    parts = _up_to(treedef, tree)
+    return treedef.unflatten(
+        _fill(node._layout, _up_to(node._layout.treedef, part), node._arrays)
+        if _is_packed(node)
+        else part
+        for node, part in zip(nodes, parts, strict=True)
+    )
+
+
+def _up_to(treedef: Any, tree: Tree) -> list:
+    try:
+        return treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"tree does not have the structure of unpack(like): {str(error).rstrip('.')}. Pass a "
+            "tree like the one that was packed."
+        ) from None
+
+
+def _fill(layout: _Layout, leaves: list, like: tuple | None = None) -> Packed:
+    """The leaves in their arrays; one leaf for all where `like` has no array of all."""
+    arrays = []
+    for n, members in enumerate(layout.arrays.values()):
+        rows = [leaves[i] for i in members]
+        whole = like is None or getattr(like[n], "ndim", 0) > 0
+        joined = layout.places[members[0]].joined and whole
+        arrays.append(_join([layout.places[i] for i in members], rows) if joined else rows[0])
+    return Packed(layout, tuple(arrays))
+
+
+def _join(places: list[_Place], leaves: list) -> jax.Array:
+    """The leaves one after the other, `[n]`; after any further axes that all of them have."""
+    first = leaves[0]
+    for place, x in zip(places, leaves, strict=True):
+        axes = np.ndim(x) - len(place.shape)
+        if np.shape(x) != np.shape(x)[: max(axes, 0)] + place.shape or x.dtype != first.dtype:
+            raise ValueError(
+                f"leaf {place.name!r} is {describe(x)}; it was packed in the shape {place.shape}, "
+                f"beside {describe(first)}. Pack the tree anew."
+            )
+    flat = [
+        jnp.reshape(x, (*x.shape[: x.ndim - len(place.shape)], math.prod(place.shape)))
+        for place, x in zip(places, leaves, strict=True)
+    ]
+    return jnp.concatenate(flat, axis=-1)
+
+
+def _open(packed: Packed) -> Tree:
+    """The tree of a packed node; what stands for a whole array goes to every leaf of it."""
+    layout = packed._layout
+    leaves: list[Any] = [None] * len(layout.places)
+    for name, x in zip(layout.arrays, packed._arrays, strict=True):
+        members = layout.arrays[name]
+        places = [layout.places[i] for i in members]
+        opened = [x] * len(members)
+        if places[0].joined and getattr(x, "ndim", 0) > 0:
+            shapes = tuple(place.shape for place in places)
+            if x.shape[-1] != sum(map(math.prod, shapes)):
+                raise ValueError(
+                    f"tree has shape {x.shape} in the packed array {name!r}, of leaves with "
+                    f"{sum(map(math.prod, shapes))} elements. Pass arrays like those of pack."
+                )
+            opened = _split(x, shapes)
+        for i, leaf in zip(members, opened, strict=True):
+            leaves[i] = leaf
+    return layout.treedef.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(x: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """The leaves of an array, along its last axis."""
+    sizes = tuple(map(math.prod, shapes))
+    parts = (_differentiable if is_inexact(x) else _read)(x, sizes)
+    lead = x.shape[:-1]
+    return [part.reshape(lead + shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _read(x: jax.Array, sizes: tuple[int, ...]) -> Sequence[jax.Array]:
+    return lax.platform_dependent(
+        x, cpu=lambda x: _sliced(x, sizes), default=lambda x: lax.split(x, sizes, axis=x.ndim - 1)
+    )
+
+
+def _sliced(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """The same, from places that the compiler does not know.
+
+    XLA on CPU compiles whatever reads a slice anew for each constant place, and once for all places
+    that it reads from an array; the barrier hides what is in those.
+    """
+    ends = np.cumsum(sizes, dtype=np.int32)
+    starts = [np.array([end - size, 0]) for end, size in zip(ends, sizes, strict=True)]
+    starts = lax.optimization_barrier([jnp.asarray(start, jnp.int32) for start in starts])
+    return [
+        lax.dynamic_slice_in_dim(x, start[0], size, axis=-1)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+def _derivative(sizes, primals, tangents):
+    """By a split, whose transpose is one concatenation; that of a slice is a whole array."""
+    (x,), (tangent,) = primals, tangents
+    return _read(x, sizes), lax.split(tangent, sizes, axis=x.ndim - 1)
+
+
+_differentiable = jax.custom_jvp(_read, nondiff_argnums=(1,))
+_differentiable.defjvp(_derivative)
