@@ -12,7 +12,7 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-import emaopt
+import emaopt.synthesize
 from emaopt import checkpoint, posthoc
 from emaopt.__main__ import main
 from emaopt.posthoc._fit import profile_of
@@ -154,12 +154,19 @@ def test_narrow_averages_are_added_up_in_the_parameters_dtype(runs, tmp_path):
 
 
 def test_in_parts_it_is_the_same(runs, tmp_path, monkeypatch):
+    parts, added_up = [], emaopt.synthesize._added_up
+    monkeypatch.setattr(
+        "emaopt.synthesize._added_up",
+        lambda *args: [parts.append(set(args[2])), added_up(*args)][1],
+    )
     outs = [tmp_path / "whole", tmp_path / "parts"]
-    for out, size in zip(outs, (2**26, 1), strict=True):
+    for out, size in zip(outs, (2**25, 1), strict=True):
         monkeypatch.setattr("emaopt.synthesize.AT_ONCE", size)
         Run(runs[0] / "two").write(out, posthoc.gamma(0.15))
-    whole, parts = (checkpoint.restore_averages(out, PARAMS) for out in outs)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, parts))
+    kernel, bias = ("dense", "kernel"), ("dense", "bias")
+    assert parts == [{kernel, bias}, {bias}, {kernel}]
+    whole, in_parts = (checkpoint.restore_averages(out, PARAMS) for out in outs)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, in_parts))
 
 
 def test_from_python_any_decay_is_a_source_and_any_weights_a_target(runs, tmp_path):
@@ -170,7 +177,11 @@ def test_from_python_any_decay_is_a_source_and_any_weights_a_target(runs, tmp_pa
     assert error == recorded.residual(posthoc.window(80, T)) < 1e-6
     made = checkpoint.restore_averages(tmp_path / "out", PARAMS)["dense"]["kernel"]
     np.testing.assert_allclose(made, runs[1]["kernel"][81:].mean(0), atol=1e-5)
-    assert Run(runs[0] / "two", sources={"fast": FAST}).residual(FAST) < 1e-6
+    two = Run(runs[0] / "two", sources={"fast": FAST, "slow": SLOW})
+    assert two.residual(FAST) < 1e-12
+    target = posthoc.gamma(0.15)
+    predicted = posthoc.residual(two.steps, TWO, at=T, target=emaopt.power(target))
+    assert two.residual(target) == pytest.approx(predicted, rel=1e-5)
 
 
 def test_a_leaf_of_nnx_keeps_its_value(tmp_path):
@@ -276,9 +287,10 @@ def test_a_ledger_tells_the_decay(decay, text):
         state = mean.update(jnp.zeros(1), state)
         return state, state.ledger
 
-    _, ledgers = jax.lax.scan(body, mean.init(jnp.zeros(1)), length=1000)
+    _, scanned = jax.lax.scan(body, mean.init(jnp.zeros(1)), length=1000)
+    ledgers = [np.asarray(x) for x in scanned[:3]]
     for steps in ([1, *range(125, 1001, 125)], [1000]):
-        moments = [Moments(*(float(x[s - 1]) for x in ledgers[:3])) for s in steps]
+        moments = [Moments(*(float(x[s - 1]) for x in ledgers)) for s in steps]
         found = recognize([*steps, 0], [*moments, Moments(1.0, 0.0, 1.0)])
         assert (found is None) == (text is None)
         if found:
@@ -304,9 +316,10 @@ def save_plain(path, **states):
     ocp.save(path, {"params": {"w": np.ones(2)}, "opt_state": state})
 
 
-@pytest.fixture
-def odd(tmp_path):
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
     """Runs that something is wrong with."""
+    tmp_path = tmp_path_factory.mktemp("odd")
     save_plain(tmp_path / "counts" / "1", a=(5, [1.0, 2.0]), b=(3, [1.0, 2.0]))
     for step in (4, 8):
         save_plain(tmp_path / "infinite" / str(step), a=(step, [1.0, np.inf if step < 8 else 2]))
