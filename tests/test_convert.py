@@ -205,6 +205,18 @@ def test_what_a_swapping_saver_wrote_gets_the_right_roles(step, tmp_path):
         assert checkpoint.restore_averages(tmp_path / "all", like) == averages
 
 
+def test_an_average_in_a_scope_keeps_its_name(tmp_path):
+    write(tmp_path / "tf1", **{"w": 1.0, "train/w/ExponentialMovingAverage": 2.0, "global_step": 3})
+    main(["convert", str(tmp_path / "tf1"), str(tmp_path / "all")])
+    main(["convert", str(tmp_path / "all"), str(tmp_path / "back")])
+    assert stored(tmp_path / "back") == stored(tmp_path / "tf1")
+    name = "train/{}/ExponentialMovingAverage"
+    arguments = ["--average-name", name, str(tmp_path / "tf1"), str(tmp_path / "named")]
+    main(["convert", *arguments])
+    like = {"w": np.zeros((), "f4")}
+    assert checkpoint.restore_averages(tmp_path / "named", like) == {"w": 2}
+
+
 @pytest.mark.parametrize("run", ["adam_swapped", "other_name"])
 def test_the_form_of_tf1_is_kept_on_the_way_back(run, tmp_path):
     options = {"adam_swapped": ["--swapped"], "other_name": ["--average-name", "slow"]}[run]
@@ -280,7 +292,7 @@ def test_an_interrupt_leaves_nothing_behind(source, orbax, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr("emaopt.convert.digests", interrupted)
-    monkeypatch.setattr("emaopt.convert.write", interrupted)
+    monkeypatch.setattr("emaopt.tf1._files._save", interrupted)
     with pytest.raises(SystemExit) as exit_:
         main(["convert", str(orbax / source), str(tmp_path / "new")])
     assert exit_.value.code == 130
