@@ -184,16 +184,17 @@ def test_from_python_any_decay_is_a_source_and_any_weights_a_target(runs, tmp_pa
     assert two.residual(target) == pytest.approx(predicted, rel=1e-5)
 
 
-def test_a_leaf_of_nnx_keeps_its_value(tmp_path):
+def test_lists_numbers_and_the_value_of_nnx_stay_what_they_are(tmp_path):
     for step in (1, 2):
-        leaf = {"w": {"value": np.full(2, float(step), np.float32)}}
-        state = {"shadow": leaf, "step": np.array(step, np.int32)}
+        leaf = {"w": [{"value": np.full(2, float(step), np.float32)}], "epoch": 7}
+        state = {"shadow": leaf | {"epoch": None}, "step": np.array(step, np.int32)}
         items = {"params": leaf, "opt_state": state}
         ocp.save_checkpointables(tmp_path / "run" / str(step), items)
     recorded = Run(tmp_path / "run", sources={"ema": 0.0})
     recorded.write(tmp_path / "out", posthoc.window(1, 2))
     made = ocp.load(tmp_path / "out", leaf, checkpointable_name="params")
-    np.testing.assert_array_equal(made["w"]["value"], [3.0, 3.0])  # 2 * 2 - 1
+    np.testing.assert_array_equal(made["w"][0]["value"], [3.0, 3.0])  # 2 * 2 - 1
+    assert made["epoch"] == 7
 
 
 def test_what_is_written_says_what_it_is(runs, tmp_path, capsys):
@@ -324,6 +325,8 @@ def odd(tmp_path_factory):
     for step in (4, 8):
         save_plain(tmp_path / "infinite" / str(step), a=(step, [1.0, np.inf if step < 8 else 2]))
     ocp.save(tmp_path / "none" / "1", {"params": {"w": np.ones(2)}})
+    state = {"shadow": {"w": np.ones(2)}, "step": np.array(1)}
+    ocp.save(tmp_path / "alone" / "1", {"opt_state": state})
     (tmp_path / "empty").mkdir()
     return tmp_path
 
@@ -354,6 +357,7 @@ def odd(tmp_path_factory):
         ("counts --source a=gamma:1 --source b=gamma:2", "count different updates: a 5, b 3"),
         ("infinite --source a=gamma:0 --window 4 new", "infinite/4 is not finite at leaf 'w'"),
         ("none", "the checkpoints hold no average"),
+        ("alone --source ema=gamma:1", "alone/1 has no parameters for the averages of w"),
         ("empty", "empty holds no finished checkpoint"),
         ("nowhere", "nowhere holds no finished checkpoint"),
     ],

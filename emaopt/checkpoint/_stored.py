@@ -170,9 +170,8 @@ class Stored:
         raw = {leaf: at for at, (leaf, swapped) in in_shadows(index).items() if swapped}
         names = [logical(path) for path in key_paths(tree)]
         like = [self.leaf(index[raw.get(name, (*root, *name))]) for name in names]
-        return jax.tree.unflatten(
-            jax.tree.structure(tree), [np.empty(x.shape, x.dtype) for x in like]
-        )
+        empty = lambda x: np.empty(x.shape, x.dtype) if hasattr(x, "dtype") else x
+        return jax.tree.unflatten(jax.tree.structure(tree), map(empty, like))
 
     def paths(self) -> list[KeyPath]:
         """Every leaf of the checkpoint."""

@@ -8,6 +8,8 @@ al., arXiv:2312.02696, for power averages; here for any decay and any target.
 
     weights = posthoc.weights(steps, gammas, at=steps[-1], target=posthoc.gamma(0.15))
     params = posthoc.synthesize(snapshots, weights)
+
+From the checkpoints of a run in one go: `emaopt synthesize`, or `emaopt.synthesize.Run`.
 """
 
 import math

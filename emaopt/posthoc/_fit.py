@@ -38,6 +38,7 @@ def fit(
     knots, last = np.unique([step for step, _ in pairs], return_inverse=True)
     blocks = (_by_updates if discrete else _by_functions)(knots, list(kinds.values()))
     kind = np.array([list(kinds).index(_key(x)) for _, x in pairs])
+    # an average holds of an interval what it took there, times what all later ones kept of it
     rows, kept = [], np.zeros(len(pairs))
     for k, (took, keeps) in reversed(list(enumerate(blocks))):
         kept[last == k] = 1

@@ -71,12 +71,16 @@ class Run:
         self.steps = sorted({s.updates for s in self.snapshots})
         self.at = self.snapshots[-1].updates
         self.groups: dict[tuple[int, ...], list[KeyPath]] = {}
-        for leaf in sorted({leaf for s in everything[steps[-1]] for leaf in s.paths}):
+        averaged = {leaf for s in everything[steps[-1]] for leaf in s.paths}
+        if lost := averaged - params_in(self.newest.index()).keys():
+            raise ValueError(
+                f"{self.newest.path} has no parameters for the averages of {_all(lost)}"
+            )
+        for leaf in sorted(averaged):
             held = tuple(i for i, s in enumerate(self.snapshots) if leaf in s.paths)
             self.groups.setdefault(held, []).append(leaf)
         if nowhere := self.groups.get(()):
-            names = ", ".join(map("/".join, nowhere))
-            raise ValueError(f"no source is an average of {names}. Pass one that is")
+            raise ValueError(f"no source is an average of {_all(nowhere)}. Pass one that is")
 
     def residual(self, target: Average | np.ndarray) -> float:
         """The predicted error of a target, see `emaopt.posthoc.residual`: of the worst leaf."""
@@ -207,6 +211,10 @@ def _added_up(
             bar.update(sum(x.nbytes for x in like.values()))
     summed = total.tree() if total else {}
     return {leaf: summed["/".join(leaf)].astype(x.dtype, copy=False) for leaf, x in like.items()}
+
+
+def _all(leaves: Iterable[KeyPath]) -> str:
+    return ", ".join(sorted("/".join(leaf) for leaf in leaves))
 
 
 def _names(nodes: Iterable[KeyPath]) -> dict[KeyPath, str]:
