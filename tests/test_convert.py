@@ -183,7 +183,7 @@ def test_the_average_of_an_integer_is_its_variable(orbax, tmp_path):
 
 
 @pytest.mark.parametrize("step", [True, False])
-def test_what_a_swapping_saver_wrote_gets_the_right_roles(step, tmp_path):
+def test_what_a_swapping_saver_wrote_gets_the_right_roles(step, tmp_path, capsys):
     names = {"w": 1, "w/ExponentialMovingAverage": 2, "alone": 3, "w/Adam": 4}
     names |= {
         "w/more": 5,
@@ -201,6 +201,8 @@ def test_what_a_swapping_saver_wrote_gets_the_right_roles(step, tmp_path):
     assert ocp.load(tmp_path / "all", like, checkpointable_name="params") == {"w": 2, "alone": 3}
     averages = ocp.load(tmp_path / "averages", like, checkpointable_name="params")
     assert averages == {"w": 1, "alone": 3}
+    roles = [leaf["role"] for leaf in listed(capsys, tmp_path / "all")[1].values()]
+    assert roles.count("average of w") == 1
     if step:
         assert checkpoint.restore_averages(tmp_path / "all", like) == averages
 
@@ -210,10 +212,12 @@ def test_an_average_in_a_scope_keeps_its_name(tmp_path):
     main(["convert", str(tmp_path / "tf1"), str(tmp_path / "all")])
     main(["convert", str(tmp_path / "all"), str(tmp_path / "back")])
     assert stored(tmp_path / "back") == stored(tmp_path / "tf1")
+    like = {"w": np.zeros((), "f4")}
+    with pytest.raises(ValueError, match="holds no average"):
+        checkpoint.restore_averages(tmp_path / "all", like)
     name = "train/{}/ExponentialMovingAverage"
     arguments = ["--average-name", name, str(tmp_path / "tf1"), str(tmp_path / "named")]
     main(["convert", *arguments])
-    like = {"w": np.zeros((), "f4")}
     assert checkpoint.restore_averages(tmp_path / "named", like) == {"w": 2}
 
 

@@ -62,9 +62,8 @@ def _hashable(leaf: Any) -> Any:
 def _digest_in_parts(leaf: Any) -> np.ndarray:
     """The digest of a leaf on the host, of which little is copied at a time."""
     x = _hashable(leaf).reshape(-1)
-    words = 2 if np.iscomplexobj(x) else 1  # of an element
     parts = [
-        int(_digest(x[start : start + AT_ONCE], np.uint32(start * words % 2**32)))
+        int(_digest(x[start : start + AT_ONCE], np.uint32(start % 2**32)))
         for start in range(0, max(x.size, 1), AT_ONCE)
     ]
     return np.asarray(sum(parts) % 2**32, np.uint32)

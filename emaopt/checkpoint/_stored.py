@@ -214,7 +214,7 @@ class Stored:
         nodes = swapped or list(found)
         if name is not None:
             nodes = [node for node in found if set(name.split("/")) <= set(node)]
-        exported = DIGESTS in self.items and "opt_state" not in self.items
+        exported = set(self.items) == {"params", DIGESTS}
         if nodes or (exported and name is None):
             return nodes
         raise ValueError(
