@@ -3,4 +3,5 @@
 from importlib.util import find_spec
 
 
-collect_ignore = [] if find_spec("tensorflow") else ["emaopt/tf1", "emaopt/convert"]
+NEEDS = {"tensorflow": ["emaopt/tf1", "emaopt/convert"], "tensorboardX": ["tests/eventfile.py"]}
+collect_ignore = [path for module in NEEDS if not find_spec(module) for path in NEEDS[module]]
