@@ -136,9 +136,12 @@ def _roles(index: Index) -> dict[KeyPath, str]:
             return {STEP: "global step", MARKER: "mark of a swap"}[path[-1]]
         if path[-2:-1] == ("powers",):
             return "power"
+        if path[-2:-1] == ("ledger",):
+            return "ledger"
         for i in range(2, len(path)):
             if path[i:] in params:
-                return f"slot {path[i - 1]} of {'/'.join(path[i:])}"
+                kind = path[i - 1] if path[i - 1] == "residue" else f"slot {path[i - 1]}"
+                return f"{kind} of {'/'.join(path[i:])}"
         return "rest"
 
     return {path: what(key) for key, path in index.items()}

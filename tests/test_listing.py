@@ -28,8 +28,9 @@ tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs t
 def orbax(tmp_path_factory):
     """Runs with two steps, and one checkpoint of plain Orbax."""
     root = tmp_path_factory.mktemp("orbax")
+    average = emaopt.ema(0.9, accumulator_dtype=emaopt.compensated(), ledger=True)
     for name, optimizer in {"adam": emaopt.adam(), "of optax": optax.scale_by_adam()}.items():
-        opt_state = optax.chain(optimizer, emaopt.ema(0.9, ledger=True)).init(PARAMS)
+        opt_state = optax.chain(optimizer, average).init(PARAMS)
         with ocp.training.Checkpointer(str(root / name)) as checkpointer:
             for step in 2, 10:
                 checkpoint.save(checkpointer, step, PARAMS, opt_state, seed=step)
@@ -73,7 +74,8 @@ def test_ls_shows_the_variables_of_tf1(ending, capsys):
                 "opt_state/1/shadow/bias": "raw parameter of bias",
                 "opt_state/1/step": "global step",
                 "opt_state/1/emaopt_swapped": "mark of a swap",
-                "opt_state/1/ledger/age": "rest",
+                "opt_state/1/ledger/age": "ledger",
+                "opt_state/1/residue/bias": "residue of bias",
                 "digests/rest": "digests of rest",
                 "rest/seed": "rest",
             },
