@@ -98,6 +98,8 @@ def pack(tree: Tree, like: Tree = None, max_size: int = 2**16) -> Any:
     Packed(2 leaves in {'float32_9a5fbd5f': Array([1., 2., 3.], dtype=float32)})
     """
     if like is not None:
+        if not any(map(_is_packed, jax.tree.leaves(like, is_leaf=_is_packed))):
+            raise ValueError("like holds nothing packed. Pass what pack gave, or leave it out.")
         return _like(tree, like)
     check("max_size", max_size, lambda x: x >= 0, "a number of elements, 0 or more")
     check_unpacked("tree", tree, "It need not be packed again.")
@@ -154,7 +156,7 @@ def unpacked(transformation: optax.GradientTransformation) -> optax.GradientTran
 
     def update(updates, state, params=None, **extra):
         new, state = inner.update(unpack(updates), state, unpack(params), **extra)
-        return pack(new, like=updates), state
+        return _like(new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -183,8 +185,6 @@ def _kind(x: jax.Array, max_size: int) -> Any:
 def _like(tree: Tree, like: Tree) -> Tree:
     """The tree with packed nodes where `like` has them."""
     nodes, treedef = jax.tree.flatten(like, is_leaf=_is_packed)
-    if not any(map(_is_packed, nodes)):
-        raise ValueError("like holds nothing packed. Pass what pack gave, or leave it out.")
     parts = _up_to(treedef, tree)
     return treedef.unflatten(
         _fill(node._layout, _up_to(node._layout.treedef, part), node._arrays)
@@ -217,10 +217,11 @@ def _fill(layout: _Layout, leaves: list, like: tuple | None = None) -> Packed:
 
 def _join(places: list[_Place], leaves: list) -> jax.Array:
     """The leaves one after the other, `[n]`; after any further axes that all of them have."""
+    leaves = [x if x is None else jnp.asarray(x) for x in leaves]
     first = leaves[0]
     for place, x in zip(places, leaves, strict=True):
-        axes = np.ndim(x) - len(place.shape)
-        if np.shape(x) != np.shape(x)[: max(axes, 0)] + place.shape or x.dtype != first.dtype:
+        lead = max(np.ndim(x) - len(place.shape), 0)
+        if x is None or x.shape[lead:] != place.shape or x.dtype != first.dtype:
             raise ValueError(
                 f"leaf {place.name!r} is {describe(x)}; it was packed in the shape {place.shape}, "
                 f"beside {describe(first)}. Pack the tree anew."
