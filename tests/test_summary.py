@@ -369,6 +369,19 @@ def test_a_function_that_is_called_is_a_scope_and_a_branch_is_one_node(tmp_path)
 
 
 @needs_writer
+def test_a_loop_is_one_node_and_a_call_beside_another_result_is_a_scope(tmp_path):
+    function = lambda x: (jax.lax.while_loop(lambda c: c < 9, lambda c: c * 2, x), call(x), x)
+    call = jax.jit(lambda x: x * x)
+    nodes = drawn(tmp_path, function, 1.0)
+    assert nodes["while"].op == "while"
+    assert list(nodes["results/0"].input) == ["while"]
+
+    nodes = drawn(tmp_path / "call", lambda x: (call(x), x), 1.0)
+    assert list(nodes["results/0"].input) == ["lambda/mul"]
+    assert list(nodes["results/1"].input) == ["arguments/x"]
+
+
+@needs_writer
 def test_an_array_that_is_closed_over_is_a_constant(tmp_path):
     table = jnp.arange(2.0)
     nodes = drawn(tmp_path, jax.jit(lambda x: x + table), jnp.ones(2))
