@@ -31,17 +31,16 @@ class _Place(NamedTuple):
 
 
 class _Layout:
-    """Where all leaves of a tree are. Hashed once: every call of a jitted function asks."""
+    """Where all leaves of a tree are."""
 
     def __init__(self, treedef: Any, places: tuple[_Place, ...]):
         self.treedef, self.places = treedef, places
         self.arrays: dict[str, list[int]] = {}
         for i, place in enumerate(places):
             self.arrays.setdefault(place.array, []).append(i)
-        self.hash = hash((treedef, places))
 
     def __hash__(self) -> int:
-        return self.hash
+        return hash((self.treedef, self.places))
 
     def __eq__(self, other: Any) -> bool:
         return self is other or (

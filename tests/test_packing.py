@@ -107,6 +107,7 @@ def test_there_is_one_array_per_dtype_and_big_leaves_and_keys_stay_apart():
 
 def test_packing_inside_jit_is_the_same_node():
     assert jax.tree.structure(jax.jit(pack)(TREE)) == jax.tree.structure(pack(TREE))
+    assert len({pack(TREE)._layout, jax.jit(pack)(TREE)._layout}) == 1
     assert jax.tree.structure(pack(TREE)) != jax.tree.structure(pack(TREE | {"b": jnp.zeros(3)}))
     assert "3 leaves" in repr(pack(TREE))
 
