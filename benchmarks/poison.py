@@ -2,11 +2,11 @@
 
     python benchmarks/poison.py
 
-A small network learns to add, 300 steps of momentum with `ema(0.98)`. At step 150 one element of one
-gradient, of the parameters or of the shadow is NaN, or Inf, which gives the same but where the table
-tells them apart. In the end: whether parameters and average are finite, how far the average is from
-that of the run without the bad number (as a share of its way from the start), and how many leaves
-were healed. Writes poison.md.
+A small network learns to add, 300 steps of momentum with `ema(0.98)`. At step 150 one element of a
+gradient, of the parameters or of the shadow is NaN, or Inf, which gives the same but where the
+table tells them apart. In the end: whether parameters and average are finite, how far the average
+is from that of the run without the bad number (as a share of its way from the start), and how many
+leaves were healed. Writes poison.md.
 """
 
 import functools
