@@ -169,7 +169,7 @@ def _lerp(name: str, x, s, low, rate, accumulator: Accumulator, step, place: int
 
 def _taken(rate, new, old, value):
     """A copy is exact, and a value that is not taken cannot poison the average."""
-    if isinstance(rate, np.generic):
+    if isinstance(rate, np.generic) and 0 < rate < 1:
         return new
     return jnp.where(rate >= 1, value, jnp.where(rate <= 0, old, new))
 
@@ -177,8 +177,9 @@ def _taken(rate, new, old, value):
 def _share(held):
     """The share of true elements, float32 []."""
     held = [x() for x in held if x is not None]
-    number = sum(x.size for x in held)
-    return sum((jnp.sum(x, dtype=jnp.float32) for x in held), jnp.zeros(())) / max(number, 1)
+    number = float(sum(x.size for x in held))  # an integer beside an array must fit into 32 bits
+    true = sum((jnp.sum(x, dtype=jnp.float32) for x in held), jnp.zeros((), jnp.float32))
+    return true / max(number, 1.0)
 
 
 def _check_state(state: Any, compensated: bool, ledger: bool) -> None:

@@ -30,7 +30,8 @@ class Ledger(NamedTuple):
 
 def start() -> Ledger:
     """Of an average that is its initial values."""
-    return Ledger(jnp.ones(()), jnp.zeros(()), jnp.ones(()), jnp.zeros(()), jnp.zeros(3))
+    number = lambda x: jnp.full((), x, jnp.float32)
+    return Ledger(number(1), number(0), number(1), number(0), jnp.zeros(3, jnp.float32))
 
 
 def advance(ledger: Ledger, rate: jax.Array, stalled: jax.Array) -> Ledger:
@@ -43,7 +44,7 @@ def advance(ledger: Ledger, rate: jax.Array, stalled: jax.Array) -> Ledger:
     )
     new, residue = add(old, ledger.residue, increment)
     copied = rate >= 1
-    initial, age, square = jnp.where(copied, jnp.array([0.0, 0.0, 1.0]), new)
-    residue = jnp.where(copied, jnp.zeros(3), residue)
+    initial, age, square = jnp.where(copied, jnp.array([0, 0, 1], jnp.float32), new)
+    residue = jnp.where(copied, 0, residue)
     stalled = jnp.where(rate > 0, stalled, ledger.stalled)
     return Ledger(initial, age, square, stalled, residue)

@@ -138,8 +138,14 @@ def test_a_value_that_is_not_taken_cannot_poison_the_average(decay):
     assert mean.update(jnp.float32(3.0), state).shadow > 1.0
 
 
-def test_a_decay_of_zero_forgets_what_was_not_a_number():
-    mean = emaopt.moving_average(emaopt.after(1, 0.9))
+def test_a_decay_of_one_takes_nothing():
+    mean = emaopt.moving_average(1.0)
+    assert mean.update(jnp.float32(jnp.nan), mean.init(jnp.float32(2.0))).shadow == 2.0
+
+
+@pytest.mark.parametrize("decay", [0.0, emaopt.after(1, 0.9)])
+def test_a_decay_of_zero_forgets_what_was_not_a_number(decay):
+    mean = emaopt.moving_average(decay)
     assert mean.update(jnp.float32(3.0), mean.init(jnp.float32(jnp.nan))).shadow == 3.0
 
 

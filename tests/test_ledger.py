@@ -47,6 +47,21 @@ def test_it_is_right_after_many_updates_of_a_long_average():
     np.testing.assert_allclose(known["effective_window"], 1 / square, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [None, emaopt.compensated(), emaopt.stochastic()])
+def test_it_is_float32_in_double_precision_too(kind, x64):
+    mean = emaopt.moving_average(emaopt.half_life(3), accumulator_dtype=kind, ledger=True)
+    state = mean.init(jnp.ones(2))
+    for ledger in (state.ledger, mean.update(jnp.ones(2), state).ledger):
+        assert {x.dtype for x in ledger} == {jnp.dtype(jnp.float32)}
+
+
+def test_it_has_room_for_more_parameters_than_32_bits_count():
+    mean = emaopt.moving_average(0.9, ledger=True)
+    values = jax.ShapeDtypeStruct((3, 2**30), jnp.float32)
+    state = jax.eval_shape(mean.init, values)
+    assert jax.eval_shape(mean.update, values, state) == state
+
+
 def test_num_updates_counts():
     mean = emaopt.moving_average(emaopt.warmup(0.999), ledger=True)
     state = mean.update(1.0, mean.init(0.0), num_updates=40)
