@@ -64,7 +64,7 @@ def as_accumulator(accumulator_dtype: Any) -> Accumulator:
 
 def _floating(name: str, dtype: Any) -> np.dtype:
     try:
-        known = jnp.dtype(dtype)
+        known = None if dtype is None else jnp.dtype(dtype)  # of None, NumPy makes float64
     except TypeError:
         known = None
     if known is None or not jnp.issubdtype(known, jnp.inexact):
@@ -96,16 +96,22 @@ def add_stochastically(x: jax.Array, increment: jax.Array, step: jax.Array, leaf
     per_unit = jax.lax.bitcast_convert_type(jnp.uint32((254 + 7) << 23) - exponent, jnp.float32)
     whole = jnp.floor(x * per_unit)
     part = (x * per_unit - whole) + increment * per_unit
-    rounded = (whole + jnp.floor(part + _uniform(x.shape, step, leaf))) * unit
+    size = jnp.abs(part)  # away from zero by chance: the numbers are finest near 0
+    moved = jnp.floor(size)
+    moved += (_uniform(x.shape, step, leaf) < size - moved).astype(jnp.float32)
+    rounded = (whole + jnp.sign(part) * moved) * unit
     rounded = jnp.where((increment == 0) | ~jnp.isfinite(top), x + increment, rounded)
     return rounded.astype(jnp.bfloat16)
 
 
 def _uniform(shape: tuple[int, ...], step: jax.Array, leaf: int) -> jax.Array:
-    """Numbers from 0 to below 1, float32: a hash of the step, the leaf and the place in it."""
+    """Numbers from 0 to 1, float32: a hash of the step, the leaf and the place in it.
+
+    In steps of 2**-31, half a step away from 0: below p with the probability p, to half a step.
+    """
     seed = _hash(_hash(step.astype(jnp.uint32)) + jnp.uint32((leaf + 1) * 0x9E3779B9 % 2**32))
-    bits = _hash(_place(shape) ^ seed) >> 8
-    return bits.astype(jnp.float32) * jnp.float32(2**-24)
+    bits = (_hash(_place(shape) ^ seed) >> 1).astype(jnp.int32)
+    return (bits.astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2**-31)
 
 
 def _place(shape: tuple[int, ...]) -> jax.Array:

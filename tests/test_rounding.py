@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
-from emaopt import checkpoint
+from emaopt import _rounding, checkpoint
 from emaopt._rounding import add, add_stochastically
 
 
@@ -118,7 +118,7 @@ def test_a_constant_stays_what_it_is_bit_for_bit(kind):
 def test_a_copy_is_the_value(kind, decay):
     x = jnp.array([1.1, -2e-30, 3e30, 0.0], jnp.float32)
     mean = emaopt.moving_average(decay, accumulator_dtype=kind)
-    state = mean.update(x, mean.init(jnp.zeros(4)))
+    state = mean.update(x, mean.init(jnp.full(4, 1e8)))
     stored = x.astype(state.shadow.dtype)
     tolerance = 2**-7 if kind == emaopt.stochastic() else 0
     np.testing.assert_allclose(
@@ -154,6 +154,16 @@ def test_a_number_of_bfloat16_and_nothing_is_that_number(x, step):
 def test_nan_stays_nan(x):
     got = stochastically(jnp.full(9, x), jnp.full(9, np.nan), jnp.int32(1), 0)
     assert jnp.isnan(got).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("bits", "moves"), [(0b01, True), (0b11, True), (0b101, False)])
+def test_the_chance_of_the_smallest_increments_is_right_up_and_down(monkeypatch, sign, bits, moves):
+    """A chance of 2**-30: the two lowest of 2**31 numbers, whichever way it goes."""
+    monkeypatch.setattr(_rounding, "_hash", lambda x: jnp.full_like(x, bits))
+    one = jnp.ones(1)
+    got = add_stochastically(one, one * sign * 2**-37, jnp.int32(1), 0)
+    assert got == 1 + sign * moves * 2**-7
 
 
 @settings(deadline=None, derandomize=True)
@@ -254,6 +264,7 @@ def test_the_names_of_what_tf1_does_not_have_tell_whose_it_is():
     ("make", "message"),
     [
         (lambda: emaopt.compensated(jnp.int32), "compensated=.*int32.*Pass a floating dtype"),
+        (lambda: emaopt.compensated(None), "compensated=None.*Pass a floating dtype"),
         (lambda: emaopt.stochastic("no"), "stochastic=no cannot.*Pass a floating dtype"),
         (lambda: emaopt.stochastic(jnp.float16), "dtype=float16.*Pass bfloat16"),
         (
