@@ -62,10 +62,11 @@ def _mend(before: EmaState, after: EmaState, values: dict, healed: dict) -> EmaS
     shadow, residue = _by_path(after.shadow), _by_path(after.residue)
     low = _by_path(before.residue)
     for path, old in _by_path(before.shadow).items():
-        if old is None or not is_inexact(old):
+        if old is None or values[path] is None or not is_inexact(old):
             continue
-        finite = tuple(map(_is_finite, (old, shadow[path], values[path])))
-        shadow[path] = _choose(finite, old, shadow[path], values[path].astype(old.dtype))
+        value = jnp.asarray(values[path])
+        finite = tuple(map(_is_finite, (old, shadow[path], value)))
+        shadow[path] = _choose(finite, old, shadow[path], value.astype(old.dtype))
         if low.get(path) is not None:
             residue[path] = _choose(finite, low[path], residue[path], 0)
         healed[path] += (~finite[0] & finite[2]).astype(jnp.int32)

@@ -134,6 +134,14 @@ def test_it_goes_around_masks_and_several_averages():
     assert state.healed["b"] == 1
 
 
+def test_absent_parameters_and_python_numbers_are_averages_too():
+    tx = emaopt.heal(emaopt.ema(0.5))
+    state = tx.init({"absent": jnp.ones(2), "number": 1.0})
+    _, state = tx.update({"absent": None, "number": None}, state, {"absent": None, "number": 3.0})
+    assert state.state.shadow["absent"].tolist() == [1, 1]
+    assert state.state.shadow["number"] == 2
+
+
 def test_an_overflow_between_two_finite_numbers_is_not_taken():
     tx = emaopt.heal(emaopt.ema(0.5))
     params = {"w": jnp.array([3e38])}
