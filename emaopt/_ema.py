@@ -169,7 +169,7 @@ def _lerp(name: str, x, s, low, rate, accumulator: Accumulator, step, place: int
 
 def _taken(rate, new, old, value):
     """A copy is exact, and a value that is not taken cannot poison the average."""
-    if isinstance(rate, np.generic) and 0 < rate < 1:
+    if isinstance(rate, np.floating) and 0 < rate < 1:
         return new
     return jnp.where(rate >= 1, value, jnp.where(rate <= 0, old, new))
 
