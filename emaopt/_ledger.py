@@ -18,33 +18,31 @@ class Ledger(NamedTuple):
 
     `initial`: w(0), what the initial values still count. `age`: the mean age in updates, the sum of
     w(s) (t - s). `square`: the sum of w(s)**2; 1 / square is the effective window. `stalled`: see
-    `describe`. `residue`, float32 [3]: what rounding took from the first three.
+    `describe`. `lost_...`: what rounding took from the first three.
     """
 
     initial: jax.Array
     age: jax.Array
     square: jax.Array
     stalled: jax.Array
-    residue: jax.Array
+    lost_initial: jax.Array
+    lost_age: jax.Array
+    lost_square: jax.Array
 
 
 def start() -> Ledger:
     """Of an average that is its initial values."""
-    number = lambda x: jnp.full((), x, jnp.float32)
-    return Ledger(number(1), number(0), number(1), number(0), jnp.zeros(3, jnp.float32))
+    return Ledger(*(jnp.full((), x, jnp.float32) for x in (1, 0, 1, 0, 0, 0, 0)))
 
 
 def advance(ledger: Ledger, rate: jax.Array, stalled: jax.Array) -> Ledger:
     """After an update with this rate; one with rate 0 takes nothing, so nothing could stall."""
     rate = jnp.asarray(rate).astype(jnp.float32)
-    old = jnp.stack(ledger[:3])
-    initial, age, square = old + ledger.residue
-    increment = jnp.stack(
-        [-initial * rate, 1 - (age + 1) * rate, (square * (rate - 2) + rate) * rate]
-    )
-    new, residue = add(old, ledger.residue, increment)
+    old, low = ledger[:3], ledger[4:]
+    initial, age, square = map(jnp.add, old, low)
+    increments = -initial * rate, 1 - (age + 1) * rate, (square * (rate - 2) + rate) * rate
+    new, lost = zip(*map(add, old, low, increments), strict=True)
     copied = rate >= 1
-    initial, age, square = jnp.where(copied, jnp.array([0, 0, 1], jnp.float32), new)
-    residue = jnp.where(copied, 0, residue)
-    stalled = jnp.where(rate > 0, stalled, ledger.stalled)
-    return Ledger(initial, age, square, stalled, residue)
+    new = (jnp.where(copied, x, y) for x, y in zip((0, 0, 1), new, strict=True))
+    lost = (jnp.where(copied, 0, x) for x in lost)
+    return Ledger._make((*new, jnp.where(rate > 0, stalled, ledger.stalled), *lost))
