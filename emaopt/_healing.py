@@ -29,6 +29,7 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
     it was; where it was not finite before, it starts again from the new parameters as soon as they
     are, and `healed` counts one. One pass more over parameters and shadow. The updates pass
     unchanged, so parameters that are NaN stay so: the averages are what to go back to.
+    `overwrite(n, heal(ema(decay)))`, not the other way round, feeds back no bad shadow.
 
     >>> import emaopt
     >>> tx = heal(emaopt.ema(0.5))

@@ -150,6 +150,12 @@ def test_a_number_of_bfloat16_and_nothing_is_that_number(x, step):
     np.testing.assert_array_equal(got, x)
 
 
+def test_of_the_smallest_numbers_the_smallest_normal_one_is_the_unit():
+    x = jnp.full(9, 2.0**-125)
+    got = stochastically(x, x / 2, jnp.int32(1), 0)
+    np.testing.assert_array_equal(got, jnp.full(9, 3 * 2.0**-126, jnp.bfloat16))
+
+
 @pytest.mark.parametrize("x", [np.nan, 1.0])
 def test_nan_stays_nan(x):
     got = stochastically(jnp.full(9, x), jnp.full(9, np.nan), jnp.int32(1), 0)
