@@ -138,7 +138,7 @@ def test_a_value_that_is_not_taken_leaves_every_bit(kind):
     jax.tree.map(np.testing.assert_array_equal, state._replace(step=0), expected._replace(step=0))
 
 
-EDGES = [0.0, -0.0, 1.0, -1.0078125, 3.3895314e38, -3.3895314e38, 1.1754944e-38, 2e-37, np.inf]
+EDGES = [0.0, -0.0, 1.0, -1.0078125, 3.3895314e38, -3.3895314e38, 1.5 * 2.0**-126, 2e-37, np.inf]
 
 
 @pytest.mark.parametrize("x", EDGES)
