@@ -156,6 +156,12 @@ def test_of_the_smallest_numbers_the_smallest_normal_one_is_the_unit():
     np.testing.assert_array_equal(got, jnp.full(9, 3 * 2.0**-126, jnp.bfloat16))
 
 
+@pytest.mark.parametrize("x", [np.inf, -np.inf])
+def test_infinity_stays_infinity(x):
+    got = stochastically(jnp.full(9, x), jnp.ones(9), jnp.int32(1), 0)
+    np.testing.assert_array_equal(got, jnp.full(9, x, jnp.bfloat16))
+
+
 @pytest.mark.parametrize("x", [np.nan, 1.0])
 def test_nan_stays_nan(x):
     got = stochastically(jnp.full(9, x), jnp.full(9, np.nan), jnp.int32(1), 0)
