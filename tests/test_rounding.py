@@ -156,6 +156,10 @@ def test_of_the_smallest_numbers_the_smallest_normal_one_is_the_unit():
     np.testing.assert_array_equal(got, jnp.full(9, 3 * 2.0**-126, jnp.bfloat16))
 
 
+def test_every_element_has_a_place_of_its_own():
+    assert _rounding._place((2, 3, 2)).ravel().tolist() == list(range(12))
+
+
 @pytest.mark.parametrize("x", [np.inf, -np.inf])
 def test_infinity_stays_infinity(x):
     got = stochastically(jnp.full(9, x), jnp.ones(9), jnp.int32(1), 0)
