@@ -140,15 +140,10 @@ def _check_one_step(stored: Stored, steps: list[KeyPath]) -> None:
 
 def _read(stored: Stored, variables: dict[str, Variable]) -> dict[str, np.ndarray]:
     """The values of some variables, verified."""
-    wanted: dict[str, dict[KeyPath, Any]] = {}
-    for path, _ in variables.values():
-        like = stored.leaf(path)
-        like = np.empty(like.shape, like.dtype) if hasattr(like, "dtype") else like
-        wanted.setdefault(path[0], {})[path[1:]] = like
-    loaded = {item: stored.load_leaves(item, paths) for item, paths in wanted.items()}
+    loaded = stored.read(path for path, _ in variables.values())
     values = {}
     for name, (path, dtype) in variables.items():
-        value = np.asarray(loaded[path[0]].pop(path[1:]))
+        value = np.asarray(loaded.pop(path))
         exact = cast(value, dtype)
         values[name] = value if exact is None else exact
     return values
