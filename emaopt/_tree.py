@@ -101,6 +101,11 @@ def is_inexact(x) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
+def dtype_of(leaf) -> Any:
+    """The dtype of a leaf, which may be a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
 def wide(dtype) -> np.dtype:
     """The dtype of state and arithmetic for values of `dtype`: float32 or wider."""
     enough = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4

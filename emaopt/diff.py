@@ -16,12 +16,12 @@ import numpy as np
 from etils.epath import Path
 
 from emaopt._names import AVERAGE, origin
-from emaopt._tree import describe, is_inexact
+from emaopt._tree import describe, dtype_of, is_inexact
 from emaopt.checkpoint._digest import DIGESTS
 from emaopt.checkpoint._index import KeyPath, in_shadows, params_in
 from emaopt.checkpoint._leaf import shape
 from emaopt.checkpoint._stored import Stored, locate
-from emaopt.listing import absolute, is_tf1, size
+from emaopt.listing import absolute, is_tf1, parts, size
 
 
 AT_ONCE = 2**25  # bytes of each checkpoint that are read at once
@@ -133,7 +133,7 @@ def _in_orbax(stored: Stored, paths: dict[str, KeyPath]) -> Side:
         return {name: values[paths[name]] for name in names}
 
     leaves = {name: stored.leaf(path) for name, path in paths.items()}
-    return Side({name: size(shape(x), _dtype(x)) for name, x in leaves.items()}, read)
+    return Side({name: size(shape(x), dtype_of(x)) for name, x in leaves.items()}, read)
 
 
 def _renamed(path: Path) -> Side:
@@ -199,7 +199,7 @@ def _check_any(found: dict[str, Any], path: Path) -> None:
 def _compare(a: Side, b: Side) -> Difference:
     common = {name: bytes_ for name, bytes_ in a.sizes.items() if name in b.sizes}
     leaves = []
-    for part in _watched(_parts(common), common):
+    for part in _watched(parts(common, AT_ONCE), common):
         ours, theirs = a.read(part), b.read(part)
         leaves += [_leaf(name, ours.pop(name), theirs.pop(name)) for name in part]
     return Difference(
@@ -247,25 +247,9 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
-def _dtype(leaf: Any) -> np.dtype:
-    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-
-
 def _finite(x: Any) -> Any:
     """JSON has neither NaN nor infinity."""
     return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def _parts(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """The names in groups that fit into memory."""
-    part, used = [], 0
-    for name, bytes_ in sizes.items():
-        if part and used + bytes_ > AT_ONCE:
-            yield part
-            part, used = [], 0
-        part.append(name)
-        used += bytes_
-    yield part
 
 
 def _watched(parts: Iterator[list[str]], sizes: dict[str, int]) -> Iterator[list[str]]:

@@ -11,13 +11,14 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from etils.epath import Path
 
 from emaopt._names import role
+from emaopt._tree import dtype_of
 from emaopt.checkpoint._digest import DIGESTS
 from emaopt.checkpoint._index import (
     MARKER,
@@ -108,7 +109,7 @@ def orbax_leaves(stored: Stored) -> list[Leaf]:
     rows = []
     for path, what in roles.items():
         leaf = stored.leaf(path)
-        dtype = str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
+        dtype = str(dtype_of(leaf))
         name = "/".join(filter(None, path))
         rows.append(Leaf(name, tuple(shape(leaf)), dtype, what, size(shape(leaf), dtype)))
     return sorted(rows)
@@ -182,3 +183,15 @@ def _cut(text: str, width: int) -> str:
 def size(shape: tuple[int, ...], dtype: Any) -> int:
     """Bytes of the values; of strings, only their number is known."""
     return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+def parts(sizes: dict[Any, int], at_once: int) -> Iterator[list[Any]]:
+    """The keys in groups of so many bytes, to be read one after the other."""
+    part, used = [], 0
+    for key, bytes_ in sizes.items():
+        if part and used + bytes_ > at_once:
+            yield part
+            part, used = [], 0
+        part.append(key)
+        used += bytes_
+    yield part

@@ -1,9 +1,6 @@
 """JAX at its strictest, on eight CPU devices.
 
 The environment is set before jax is imported: the number of devices is read only once.
-
-`_cache_size()` of a jitted function is above 1 when it was compiled again. It is 0 where JAX leaves
-its fast path, as it may in a process of many tests.
 """
 
 import os

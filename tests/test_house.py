@@ -57,7 +57,7 @@ ROOMS = {
         LIGHT | {"tensorboardX"},
     ),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
-    "listing": ({"_names", "checkpoint", "tf1"}, LIGHT | {"etils"}),
+    "listing": ({"_tree", "_names", "checkpoint", "tf1"}, LIGHT | {"etils"}),
     "convert": (
         {"_tree", "_names", "_ema", "_optimizers", "checkpoint", "tf1", "listing"},
         LIGHT | {"etils", "orbax", "tqdm"},

@@ -1,7 +1,8 @@
-"""Parameter trees with the shapes of known networks."""
+"""Parameter trees with the shapes of known networks, and a step of any parameters."""
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def _conv_and_norm(name, size, inputs, outputs):
@@ -55,3 +56,14 @@ def full(shapes, dtype=jnp.float32):
         name: 1 + 0.1 * jax.random.normal(key, shape, dtype)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
+
+
+def step_of(tx):
+    """One step: `(params, opt_state), grads -> (params, opt_state)`."""
+
+    def step(carry, grads):
+        params, opt_state = carry
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step

@@ -28,7 +28,7 @@ from emaopt.checkpoint._index import KeyPath
 from emaopt.checkpoint._items import check_leaves, inventory
 from emaopt.checkpoint._leaf import shape
 from emaopt.checkpoint._stored import Stored, locate
-from emaopt.listing import absolute, is_tf1, load_tensorflow, size
+from emaopt.listing import absolute, is_tf1, load_tensorflow, parts, size
 from emaopt.tf1._files import Checkpoint, cast, write
 
 from ._layout import Form, Variable, in_orbax, in_tf1
@@ -126,8 +126,8 @@ def _to_tf1(source: Path, destination: Path, form: Form) -> None:
         raise ValueError(f"{source} holds no arrays")
     _check_one_step(stored, steps)
     sizes = {n: size(shape(stored.leaf(v.path)), v.dtype) for n, v in sorted(variables.items())}
-    parts = ({name: variables[name] for name in part} for part in _parts(sizes))
-    write(destination, (_read(stored, part) for part in parts))
+    groups = ({name: variables[name] for name in part} for part in _parts(sizes))
+    write(destination, (_read(stored, group) for group in groups))
 
 
 def _check_one_step(stored: Stored, steps: list[KeyPath]) -> None:
@@ -151,18 +151,11 @@ def _read(stored: Stored, variables: dict[str, Variable]) -> dict[str, np.ndarra
 
 def _parts(sizes: dict[str, int]) -> Iterator[list[str]]:
     """The names in groups that fit into memory; a bar shows how many bytes are done."""
-    part, used = [], 0
     total = sum(sizes.values())
     # on a terminal only, if it takes more than 2 seconds
     with tqdm(
         total=total, desc="converting", unit="B", unit_scale=True, delay=2, disable=None
     ) as bar:
-        for name, bytes_ in sizes.items():
-            if part and used + bytes_ > AT_ONCE:
-                yield part
-                bar.update(used)
-                part, used = [], 0
-            part.append(name)
-            used += bytes_
-        yield part
-        bar.update(used)
+        for part in parts(sizes, AT_ONCE):
+            yield part
+            bar.update(sum(sizes[name] for name in part))

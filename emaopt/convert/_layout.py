@@ -11,7 +11,7 @@ import numpy as np
 from emaopt._ema import EmaState, SwappedEmaState
 from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role, variable_of
 from emaopt._optimizers import OptimizerState
-from emaopt._tree import Tree
+from emaopt._tree import Tree, dtype_of
 from emaopt.checkpoint._digest import DIGESTS
 from emaopt.checkpoint._index import MARKER, SHADOW, STEP, KeyPath, in_shadows, params_in
 from emaopt.checkpoint._leaf import shape
@@ -67,7 +67,7 @@ def in_tf1(stored: Stored, form: Form) -> tuple[dict[str, Variable], list[KeyPat
     if form.averages:
         params = params_in(stored.index())
         sources = stored.averages(list(params), None)
-        return {"/".join(n): Variable(s.path, _dtype(s.param)) for n, s in sources.items()}, []
+        return {"/".join(n): Variable(s.path, dtype_of(s.param)) for n, s in sources.items()}, []
     found, shadows, steps = (_converted if TF1 in stored.items else _trained)(stored)
     named = name_of_average(form.average_name)
     renamed = {named(of) + number: shadow for (of, number), shadow in shadows.items()}
@@ -123,7 +123,7 @@ def _converted(stored: Stored) -> tuple[dict[str, Variable], Shadows, list[KeyPa
     shadows: Shadows = {}
     for path in stored.paths():
         item, *keys = path
-        variable = Variable(path, _dtype(stored.leaf(path)))
+        variable = Variable(path, dtype_of(stored.leaf(path)))
         if path == (TF1, STEP):
             found[GLOBAL_STEP] = variable
         elif path[:2] == (TF1, SHADOW):
@@ -148,13 +148,13 @@ def _trained(stored: Stored) -> tuple[dict[str, Variable], Shadows, list[KeyPath
         elif kind == AVERAGE:
             if path in swapped:
                 found[of], path = path, found[of]
-            if jnp.issubdtype(_dtype(stored.leaf(path)), jnp.inexact):  # as TF1 does
+            if jnp.issubdtype(dtype_of(stored.leaf(path)), jnp.inexact):  # as TF1 does
                 shadows[of, number] = path
         elif path[-1] != MARKER:
             found[name] = path
 
     def variable(of: str, path: KeyPath) -> Variable:
-        return Variable(path, _dtype(stored.leaf(found[of] if of in params else path)))
+        return Variable(path, dtype_of(stored.leaf(found[of] if of in params else path)))
 
     return (
         {name: variable(origin(name)[0], path) for name, path in found.items()},
@@ -174,7 +174,7 @@ def _names_of_states(stored: Stored, params: set[KeyPath]) -> Iterator[tuple[str
             if item == DIGESTS or path in params or isinstance(leaf, str):
                 tokens.append(None)
                 continue
-            tokens.append(jax.ShapeDtypeStruct(shape(leaf), _dtype(leaf)))
+            tokens.append(jax.ShapeDtypeStruct(shape(leaf), dtype_of(leaf)))
             paths[id(tokens[-1])] = path
         trees[item] = _states(jax.tree.unflatten(jax.tree.structure(tree), tokens))
     named = zip(jax.tree.leaves(names(trees)), jax.tree.leaves(trees), strict=True)
@@ -194,7 +194,3 @@ def _states(node: Tree) -> Tree:
         if set(state._fields) - set(state._field_defaults) <= set(node) <= set(state._fields):
             return state(**node)
     return node
-
-
-def _dtype(leaf: Any) -> np.dtype:
-    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype

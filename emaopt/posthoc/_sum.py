@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from emaopt._tree import Tree, check_shape, is_inexact, is_none, leaf_names, zip_leaves
+from emaopt._tree import Tree, check_shape, dtype_of, is_inexact, is_none, leaf_names, zip_leaves
 
 
 FIRST = "the first snapshot"
@@ -16,7 +16,7 @@ class Sum:
 
     def __init__(self, first: Tree):
         leaves, treedef = jax.tree.flatten(first, is_leaf=is_none)
-        abstract = lambda x: None if x is None else jax.ShapeDtypeStruct(np.shape(x), _dtype(x))
+        abstract = lambda x: None if x is None else jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
         self.like = treedef.unflatten(map(abstract, leaves))
         self.shardings = [x.sharding if isinstance(x, jax.Array) else None for x in leaves]
         self.sums: list[Any] = [{} for _ in leaves]
@@ -71,7 +71,3 @@ def _rounded(total: dict[str | None, np.ndarray], like: Any, sharding: Any) -> A
     if sharding is None:
         return rounded[None]
     return jax.make_array_from_callback(like.shape, sharding, lambda at: rounded[str(at)])
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype

@@ -27,6 +27,7 @@ from emaopt.checkpoint._index import (
 )
 from emaopt.checkpoint._items import inventory, with_digests
 from emaopt.checkpoint._stored import Stored, finished_steps, pick
+from emaopt.listing import parts
 from emaopt.posthoc import THRESHOLD
 from emaopt.posthoc._fit import Average, fit, profile_of
 from emaopt.posthoc._sum import Sum
@@ -121,8 +122,8 @@ class Run:
         ) as bar:
             for held, (factors, _) in fits.items():
                 snapshots = [self.snapshots[i] for i in held]
-                for part in _parts({leaf: wanted[leaf] for leaf in self.groups[held]}):
-                    values |= _added_up(snapshots, factors, part, bar)
+                for part in parts({x: wanted[x].nbytes for x in self.groups[held]}, AT_ONCE):
+                    values |= _added_up(snapshots, factors, {x: wanted[x] for x in part}, bar)
         params = jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in names])
         items = with_digests({"params": params})
         about = {"target": note, "updates": self.at, "residual": residual}
@@ -179,18 +180,6 @@ def _snapshots(stored: Stored) -> Iterator[_Snapshot]:
 
 
 _SCALARS = [(STEP,), *(("ledger", field) for field in Moments._fields)]
-
-
-def _parts(leaves: dict[KeyPath, np.ndarray]) -> Iterator[dict[KeyPath, np.ndarray]]:
-    """The leaves in groups that fit into memory."""
-    part, used = {}, 0
-    for name, leaf in leaves.items():
-        if part and used + leaf.nbytes > AT_ONCE:
-            yield part
-            part, used = {}, 0
-        part[name] = leaf
-        used += leaf.nbytes
-    yield part
 
 
 def _added_up(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from emaopt._names import average_name, role
-from emaopt._tree import Tree, describe
+from emaopt._tree import Tree, describe, dtype_of
 
 from ._files import Checkpoint, cast, check_prefix, write
 from ._rename import (
@@ -27,7 +27,6 @@ from ._rename import (
     Rename,
     Shape,
     depthwise as depthwise,
-    dtype_of,
     leaves_in_tf1,
 )
 

@@ -12,7 +12,7 @@ import numpy as np
 from emaopt._averages import averages
 from emaopt._ema import SwappedEmaState
 from emaopt._names import AVERAGE, STEP, names, origin
-from emaopt._tree import Tree, did_you_mean, is_inexact
+from emaopt._tree import Tree, did_you_mean, dtype_of, is_inexact
 
 
 Shape = tuple[int, ...]
@@ -206,8 +206,3 @@ def _checked(name: str, renamed: Any) -> str:
             "with a name for it."
         )
     return renamed
-
-
-def dtype_of(value: Any) -> np.dtype:
-    """The dtype of a leaf, which may be a Python number."""
-    return value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
