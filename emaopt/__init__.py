@@ -39,7 +39,6 @@ from ._names import (
     variables_to_restore as variables_to_restore,
 )
 from ._optimizers import (
-    OptimizerState as OptimizerState,
     adadelta as adadelta,
     adagrad as adagrad,
     adam as adam,
@@ -50,6 +49,7 @@ from ._optimizers import (
 )
 from ._packing import pack as pack, unpack as unpack, unpacked as unpacked
 from ._rounding import compensated as compensated, stochastic as stochastic
+from ._rule import OptimizerState as OptimizerState
 from ._schedules import (
     Decay as Decay,
     after as after,

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from ._ema import EmaState, SwappedEmaState
-from ._optimizers import OptimizerState
 from ._packing import check_unpacked
+from ._rule import OptimizerState
 from ._tree import Tree, check_unique, did_you_mean, is_inexact, is_none, leaf_names
 
 

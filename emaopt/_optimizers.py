@@ -1,58 +1,22 @@
-"""TF1's seven optimizers: one rule per optimizer, one builder for all.
-
-A rule is what TF1's kernel does to one leaf, in the kernel's order of operations:
-`rule(g, p, *slots, **hyper) -> (update, *slots)`. It never sees a tree. The builder does the tree
-work, keeps the state, rounds every hyper-parameter to the dtype that the leaf is computed in,
-and never sees a formula. The state is exactly TF1's variables: the slots under TF1's slot names,
-Adam's two beta powers, and the step.
+"""TF1's seven optimizers: what each does to one leaf, in the order of TF1's kernel.
 
 Hyper-parameters may be numbers or traced values (`optax.inject_hyperparams`); only numbers can be
 checked. Every optimizer takes a learning rate that is a number or a schedule, a function of the
 number of updates before this one.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ._tree import (
-    Tree,
-    beside,
-    check,
-    check_floating,
-    check_shape,
-    is_concrete,
-    leaf_names,
-    scalar,
-    tree_map,
-    wide,
-    zip_leaves,
-)
+from ._rule import NOT_NEGATIVE, optimizer
+from ._tree import check, is_concrete
 
 
 LearningRate = ArrayLike | optax.Schedule
-
-_NOT_NEGATIVE = (lambda x: x >= 0, "a number, 0 or above")
-_SHARE = (lambda x: (x >= 0) & (x <= 1), "a number from 0 to 1")
-_RANGES = dict.fromkeys(("beta1", "beta2", "decay", "rho"), _SHARE) | {"epsilon": _NOT_NEGATIVE}
-
-
-class OptimizerState(NamedTuple):
-    """What TF1 keeps in variables.
-
-    `step`: int32 [], TF1's global step. `powers`: float32 [] each, Adam's `beta1_power` and
-    `beta2_power`, else empty. `slots`: by TF1's slot names, trees like the parameters, float32 or
-    wider.
-    """
-
-    step: jax.Array
-    powers: dict[str, jax.Array]
-    slots: dict[str, Tree]
 
 
 def gradient_descent(learning_rate: LearningRate) -> optax.GradientTransformationExtraArgs:
@@ -66,7 +30,7 @@ def gradient_descent(learning_rate: LearningRate) -> optax.GradientTransformatio
     def rule(g, p, *, learning_rate):
         return (-(g * learning_rate),)
 
-    return _optimizer(rule, {}, learning_rate=learning_rate)
+    return optimizer(rule, {}, learning_rate=learning_rate)
 
 
 def momentum(
@@ -89,7 +53,7 @@ def momentum(
             return -(g * learning_rate + a * momentum * learning_rate), a
         return -(a * learning_rate), a
 
-    return _optimizer(rule, {"momentum": 0.0}, learning_rate=learning_rate, momentum=momentum)
+    return optimizer(rule, {"momentum": 0.0}, learning_rate=learning_rate, momentum=momentum)
 
 
 def adagrad(
@@ -111,7 +75,7 @@ def adagrad(
         return -(g * learning_rate * jax.lax.rsqrt(a)), a
 
     slots = {"accumulator": initial_accumulator_value}
-    return _optimizer(rule, slots, learning_rate=learning_rate)
+    return optimizer(rule, slots, learning_rate=learning_rate)
 
 
 def adadelta(
@@ -129,13 +93,19 @@ def adadelta(
     """
 
     def rule(g, p, a, d, *, learning_rate, rho, epsilon):
+        def step(a, d):
+            return jnp.sqrt(d + epsilon) * jax.lax.rsqrt(a + epsilon) * g
+
         a = a * rho + g * g * (1 - rho)
-        u = jnp.sqrt(d + epsilon) * jax.lax.rsqrt(a + epsilon) * g
+        update = -(step(a, d) * learning_rate)
+        new_p = update if p is None else p + update
+        d = _again(d, new_p)
+        u = step(_again(a, new_p), d)
         d = d * rho + u * u * (1 - rho)
-        return -(u * learning_rate), a, d
+        return update, a, d
 
     slots = {"accum": 0.0, "accum_update": 0.0}
-    return _optimizer(rule, slots, learning_rate=learning_rate, rho=rho, epsilon=epsilon)
+    return optimizer(rule, slots, learning_rate=learning_rate, rho=rho, epsilon=epsilon)
 
 
 def adam(
@@ -163,7 +133,7 @@ def adam(
         v = v + (g * g - v) * (1 - beta2)
         return -(m * alpha / (jnp.sqrt(v) + epsilon)), m, v
 
-    return _optimizer(
+    return optimizer(
         rule,
         {"m": 0.0, "v": 0.0},
         powers={"beta1_power": beta1, "beta2_power": beta2},
@@ -197,21 +167,21 @@ def ftrl(
     if not callable(learning_rate):
         check("learning_rate", learning_rate, lambda x: x > 0, "a number above 0")
     check("learning_rate_power", learning_rate_power, lambda x: x <= 0, "a number, 0 or below")
-    check("initial_accumulator_value", initial_accumulator_value, *_NOT_NEGATIVE)
-    check("l1_regularization_strength", l1_regularization_strength, *_NOT_NEGATIVE)
-    check("l2_regularization_strength", l2_regularization_strength, *_NOT_NEGATIVE)
+    check("initial_accumulator_value", initial_accumulator_value, *NOT_NEGATIVE)
+    check("l1_regularization_strength", l1_regularization_strength, *NOT_NEGATIVE)
+    check("l2_regularization_strength", l2_regularization_strength, *NOT_NEGATIVE)
     shrinkage = l2_shrinkage_regularization_strength
-    check("l2_shrinkage_regularization_strength", shrinkage, *_NOT_NEGATIVE)
+    check("l2_shrinkage_regularization_strength", shrinkage, *NOT_NEGATIVE)
 
     def rule(g, p, accum, linear, *, learning_rate, power, l1, l2, shrinkage):
-        n = accum + g * g
-        root, old_root = _root(n, -power), _root(accum, -power)
+        root, old_root = _root(accum + g * g, -power), _root(accum, -power)
         linear = linear + (g + 2 * shrinkage * p - (root - old_root) / learning_rate * p)
-        quadratic = root / learning_rate + 2 * l2
+        n = _again(accum, linear) + g * g
+        quadratic = _root(n, -power) / learning_rate + 2 * l2
         new_p = jnp.where(jnp.abs(linear) > l1, (l1 * jnp.sign(linear) - linear) / quadratic, 0)
         return new_p - p, n, linear
 
-    return _optimizer(
+    return optimizer(
         rule,
         {"accum": initial_accumulator_value, "linear": 0.0},
         needs_params="Ftrl computes the parameter anew",
@@ -256,89 +226,18 @@ def rmsprop(
     hyper: dict[str, Any] = {"decay": decay, "momentum": momentum, "epsilon": epsilon}
     if centered:
         slots = {"rms": 1.0, "mg": 0.0, "momentum": 0.0}
-        return _optimizer(centered_rule, slots, learning_rate=learning_rate, **hyper)
+        return optimizer(centered_rule, slots, learning_rate=learning_rate, **hyper)
     slots = {"rms": 1.0, "momentum": 0.0}
-    return _optimizer(rule, slots, learning_rate=learning_rate, **hyper)
+    return optimizer(rule, slots, learning_rate=learning_rate, **hyper)
 
 
-def _optimizer(
-    rule: Callable,
-    slots: Mapping[str, Any],
-    powers: Mapping[str, Any] | None = None,
-    *,
-    needs_params: str = "",
-    **hyper: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation of a rule. `slots`: start values, in the order of the rule's arguments."""
-    powers = powers or {}
-    for name, value in hyper.items():
-        if not (name == "learning_rate" and callable(value)):
-            check(name, value, *_RANGES.get(name, (np.isfinite, "a finite number")))
+def _again(x, after):
+    """x, read once more when `after` is known. Nothing is above infinity, but XLA does not know.
 
-    def init(params):
-        check_floating("params", params)
-        return OptimizerState(
-            step=beside(params, jnp.zeros((), jnp.int32)),
-            powers={k: beside(params, jnp.array(v, jnp.float32)) for k, v in powers.items()},
-            slots={
-                name: tree_map(lambda p, start=start: _slot(p, start), params=params)
-                for name, start in slots.items()
-            },
-        )
-
-    def update(updates, state, params=None, **extra):
-        del extra
-        if params is None and needs_params:
-            raise ValueError(
-                f"params is missing: {needs_params}. Call tx.update(grads, state, params)."
-            )
-        if not isinstance(state, OptimizerState) or set(state.slots) != set(slots):
-            kind = list(state.slots) if isinstance(state, OptimizerState) else type(state).__name__
-            raise ValueError(
-                f"state is of another transformation: it has {kind}, where this optimizer keeps "
-                f"{list(slots)}. Pass the state that its own init made."
-            )
-        check_floating("updates", updates)
-        now = {k: v(state.step) if callable(v) else v for k, v in hyper.items()} | state.powers
-        given = {"updates": updates} | {f"state.slots[{k!r}]": state.slots[k] for k in slots}
-        if params is not None:
-            given["params"] = params
-        rows, treedef = zip_leaves(**given)
-
-        def leaf(name, g, *rest):
-            old, p = (rest, None) if params is None else (rest[:-1], rest[-1])
-            if g is None:
-                return None, *old
-            g = jnp.asarray(g)
-            check_shape(name, **dict(zip(given, (g, *rest), strict=True)))
-            dtype = old[0].dtype if old else wide(g.dtype)
-            p = None if p is None else jnp.asarray(p).astype(dtype)
-            scalars = {k: scalar(v, dtype) for k, v in now.items()}
-            update, *new = rule(g.astype(dtype), p, *old, **scalars)
-            return update.astype(g.dtype), *new
-
-        columns = [leaf(name, *row) for name, row in zip(leaf_names(updates), rows, strict=True)]
-        new_updates, *new_slots = (
-            treedef.unflatten([column[i] for column in columns]) for i in range(1 + len(slots))
-        )
-        return new_updates, OptimizerState(
-            step=jnp.asarray(optax.safe_increment(state.step)),
-            powers={
-                name: power * scalar(powers[name], power.dtype)
-                for name, power in state.powers.items()
-            },
-            slots=dict(zip(slots, new_slots, strict=True)),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _slot(p, start: ArrayLike) -> jax.Array:
-    """A slot at its start value, sharded as its parameter is, also when made under jit."""
-    p = jnp.asarray(p)
-    slot = jnp.full_like(p, scalar(start, wide(p.dtype)), dtype=wide(p.dtype))
-    # a constant has no sharding of its own; a select on the parameter takes the parameter's
-    return slot if is_concrete(p) else jnp.where(p == p, slot, slot)
+    On CPU it makes one loop per result, and copies what a later loop reads and an earlier one
+    writes over. This says which comes first: a step without copies, 1.2 to 3 times faster.
+    """
+    return jnp.where(after > jnp.inf, after, x)
 
 
 def _root(n, q):

@@ -19,6 +19,7 @@ CORE = {
     "_schedules",
     "_packing",
     "_clip",
+    "_rule",
     "_optimizers",
     "_ema",
     "_averages",
@@ -35,7 +36,8 @@ ROOMS = {
     "_schedules": ({"_tree"}, LIGHT),
     "_packing": ({"_tree"}, LIGHT),
     "_clip": ({"_tree", "_packing"}, LIGHT),
-    "_optimizers": ({"_tree"}, LIGHT),
+    "_rule": ({"_tree"}, LIGHT),
+    "_optimizers": ({"_tree", "_rule"}, LIGHT),
     "_rounding": (set(), LIGHT),
     "_ledger": ({"_rounding"}, LIGHT),
     "_ema": ({"_tree", "_schedules", "_rounding", "_ledger"}, LIGHT),
@@ -44,7 +46,7 @@ ROOMS = {
     "_feedback": ({"_tree", "_averages"}, LIGHT),
     "_statistics": ({"_tree", "_schedules", "_ema"}, LIGHT),
     "_training": ({"_tree"}, LIGHT),
-    "_names": ({"_tree", "_ema", "_optimizers", "_packing"}, LIGHT),
+    "_names": ({"_tree", "_ema", "_rule", "_packing"}, LIGHT),
     "checkpoint": (
         {"_tree", "_ema", "_averages", "_names"},
         LIGHT | {"orbax", "etils", "safetensors"},
@@ -53,13 +55,13 @@ ROOMS = {
     "presets": ({"_tree", "_schedules", "posthoc"}, {"jax"}),
     "tf1": ({"_tree", "_names", "_ema", "_averages"}, LIGHT | {"tensorflow"}),
     "summary": (
-        {"_tree", "_schedules", "_clip", "_optimizers", "_averages", "_names"},
+        {"_tree", "_schedules", "_clip", "_rule", "_averages", "_names"},
         LIGHT | {"tensorboardX"},
     ),
     "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
     "listing": ({"_tree", "_names", "checkpoint", "tf1"}, LIGHT | {"etils"}),
     "convert": (
-        {"_tree", "_names", "_ema", "_optimizers", "checkpoint", "tf1", "listing"},
+        {"_tree", "_names", "_ema", "_rule", "checkpoint", "tf1", "listing"},
         LIGHT | {"etils", "orbax", "tqdm"},
     ),
     "synthesize": (

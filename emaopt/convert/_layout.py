@@ -10,7 +10,7 @@ import numpy as np
 
 from emaopt._ema import EmaState, SwappedEmaState
 from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role, variable_of
-from emaopt._optimizers import OptimizerState
+from emaopt._rule import OptimizerState
 from emaopt._tree import Tree, dtype_of
 from emaopt.checkpoint._digest import DIGESTS
 from emaopt.checkpoint._index import MARKER, SHADOW, STEP, KeyPath, in_shadows, params_in

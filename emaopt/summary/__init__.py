@@ -27,7 +27,7 @@ from jax.tree_util import GetAttrKey
 from emaopt._averages import average, averages, describe
 from emaopt._clip import global_norm
 from emaopt._names import global_step
-from emaopt._optimizers import OptimizerState
+from emaopt._rule import OptimizerState
 from emaopt._schedules import DecayLike, as_decay
 from emaopt._tree import Tree, did_you_mean, key_name, wide
 
