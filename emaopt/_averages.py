@@ -18,8 +18,8 @@ from ._tree import (
     did_you_mean,
     is_none,
     key_name,
-    leaf_names,
     leaf_paths,
+    shared_paths,
     wide,
 )
 
@@ -217,18 +217,41 @@ def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> lis
                 )
             stored[path] = shadow, residues.get(path)
     paths = leaf_paths(params)
-    unknown = sorted("/".join(path) for path in stored.keys() - set(paths))
-    if unknown:
-        raise ValueError(
-            f"params has no leaf {', '.join(map(repr, unknown))}, which opt_state averages; it has "
-            f"{', '.join(map(repr, leaf_names(params)))}. Pass the parameters that tx.init was "
-            "given."
-        )
+    _check_there(set(stored), paths)
+    for places in shared_paths(params):
+        if len({path in stored for path in places}) == 2:
+            raise ValueError(
+                f"params has one Variable in several places, {_quoted(places)}, and opt_state "
+                "averages it in one of them. Pass nnx.state(model); a model of the averages is "
+                "nnx.merge(nnx.graphdef(model), averages)."
+            )
     found = [stored.get(path, (None, None)) for path in paths]
     for path, p, (shadow, _) in zip(paths, _leaves(params), found, strict=True):
         if shadow is not None:
             check_shape("/".join(path), **{"the average": shadow, "params": p})
     return found
+
+
+def _check_there(averaged: set[tuple[str, ...]], paths: list[tuple[str, ...]]) -> None:
+    there = set(paths)
+    if averaged <= there:
+        return
+    first = min(averaged)
+    above = {path[: -len(first)] for path in there if first and path[-len(first) :] == first}
+    for node in sorted(above, key=len):
+        if {(*node, *path) for path in averaged} <= there:
+            raise ValueError(
+                f"params has the leaves that opt_state averages below {'/'.join(node)!r}. Pass "
+                "that part of it, which tx.init was given, and not the whole."
+            )
+    raise ValueError(
+        f"params has no leaf {_quoted(sorted(averaged - there))}, which opt_state averages; it has "
+        f"{_quoted(paths)}. Pass the parameters that tx.init was given."
+    )
+
+
+def _quoted(paths: Iterable[tuple[str, ...]]) -> str:
+    return ", ".join(repr("/".join(path)) for path in paths)
 
 
 def _leaves(tree: Tree) -> list:

@@ -20,6 +20,7 @@ from ._tree import (
     Tree,
     apply_update,
     beside,
+    check_array,
     check_shape,
     is_inexact,
     leaf_names,
@@ -121,6 +122,7 @@ def _copy(name: str, x, accumulator: Accumulator):
     """A value as the shadow starts: what is stored of it, and what is left over."""
     if x is None:
         return None, None
+    check_array(name, x, "params")
     x = jnp.asarray(x)
     if not is_inexact(x):
         return jnp.copy(x), None

@@ -77,11 +77,23 @@ def check_shape(leaf: str, **arrays) -> None:
 def check_floating(name: str, tree: Tree) -> None:
     """Raise unless all leaves are floating-point numbers; absent ones may be."""
     for leaf, x in zip(leaf_names(tree), jax.tree.leaves(tree, is_leaf=is_none), strict=True):
-        if x is not None and not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        if x is None:
+            continue
+        check_array(leaf, x, name)
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             raise ValueError(
                 f"{name} has dtype {jnp.result_type(x)} at leaf {leaf!r}; an optimizer needs "
                 "floating-point numbers. Leave it out: optax.masked(optimizer, mask)."
             )
+
+
+def check_array(leaf: str, x, name: str) -> None:
+    """Raise unless a leaf is an array or a number; a module may have strings and functions."""
+    if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
+        raise ValueError(
+            f"{name} has {x!r} at leaf {leaf!r}, which is no array. Pass the arrays alone: of an "
+            "Equinox module, eqx.filter(model, eqx.is_inexact_array)."
+        )
 
 
 def check(name: str, value, good: Callable, wanted: str) -> None:
@@ -159,16 +171,26 @@ def key_paths(tree: Tree) -> list[tuple[str, ...]]:
 
 def leaf_paths(tree: Tree) -> list[tuple[str, ...]]:
     """The key path of every leaf as strings; an NNX Variable's own `value` is not part of it."""
-    keyed = jax.tree_util.tree_flatten_with_path
-    variables = {
-        keys
-        for keys, node in keyed(tree, is_leaf=lambda x: x is None or _is_variable(x))[0]
-        if _is_variable(node)
-    }
+    variables = {keys for keys, _ in _variables(tree)}
     return [
         tuple(map(key_name, keys[:-1] if keys[:-1] in variables else keys))
-        for keys, _ in keyed(tree, is_leaf=is_none)[0]
+        for keys, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
     ]
+
+
+def shared_paths(tree: Tree) -> list[list[tuple[str, ...]]]:
+    """The key paths of every NNX Variable that a module has in several places: tied weights."""
+    places: dict[int, list[tuple[str, ...]]] = {}
+    for keys, variable in _variables(tree):
+        places.setdefault(id(variable), []).append(tuple(map(key_name, keys)))
+    return [paths for paths in places.values() if len(paths) > 1]
+
+
+def _variables(tree: Tree) -> list[tuple[Any, Any]]:
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is None or _is_variable(x)
+    )
+    return [(keys, node) for keys, node in nodes if _is_variable(node)]
 
 
 def _is_variable(x) -> bool:
