@@ -13,6 +13,8 @@ import numpy as np
 
 from ._ema import EmaState, SwappedEmaState
 from ._tree import (
+    Params,
+    State,
     Tree,
     check_shape,
     did_you_mean,
@@ -24,7 +26,7 @@ from ._tree import (
 )
 
 
-def average(params: Tree, opt_state: Tree, name: str | None = None) -> Tree:
+def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
     """The averaged parameters, to evaluate with: like `params`, in the dtypes of `params`.
 
     A leaf that has no average (`optax.masked`) is that of `params`. With several averages in the
@@ -55,7 +57,7 @@ def _value(p, shadow, residue):
     return shadow if shadow.dtype == dtype else shadow.astype(dtype)  # a key has no astype
 
 
-def swap(params: Tree, opt_state: Tree, name: str | None = None) -> tuple[Tree, Tree]:
+def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Params, State]:
     """The parameters and their average exchanged: `(averages, opt_state with the parameters)`.
 
     Nothing is computed or rounded: arrays (also abstract ones) change places, so swapping twice
@@ -122,7 +124,7 @@ def averages(opt_state: Tree) -> dict[str, EmaState]:
     }
 
 
-def stacked(params: Tree, opt_state: Tree, names: Iterable[str] | None = None) -> Tree:
+def stacked(params: Params, opt_state: Tree, names: Iterable[str] | None = None) -> Params:
     """Several averages in one tree, each leaf with a leading axis: one average after the other.
 
     In the order of `names`, by default of `averages(opt_state)`, and in the dtypes of `params`: to

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ._ema import moving_average
 from ._schedules import power
-from ._tree import Tree, check_shape, is_concrete, is_inexact, is_none, leaf_names, wide
+from ._tree import State, Tree, check_shape, is_concrete, is_inexact, is_none, leaf_names, wide
 
 
 _mean = moving_average(power(0))
@@ -24,8 +24,8 @@ _FAR = 2.0**40  # beside it a batch's own is lost in rounding; its product with 
 
 
 def recalibrate(
-    forward: Callable[[Tree, Any], Tree], statistics: Tree, batches: Iterable[Any]
-) -> Tree:
+    forward: Callable[[State, Any], State], statistics: State, batches: Iterable[Any]
+) -> State:
     """Batch statistics measured again: the mean, over the batches, of each batch's own.
 
     `forward(statistics, batch) -> new statistics` is the forward pass in training mode, with the

@@ -7,11 +7,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._tree import Tree, apply_update, describe, is_inexact, is_none, tree_map, zip_leaves
+from ._tree import (
+    Params,
+    State,
+    Tree,
+    apply_update,
+    describe,
+    is_inexact,
+    is_none,
+    tree_map,
+    zip_leaves,
+)
 
 
 def compute_gradients(
-    loss: Callable,
+    loss: Callable[..., Any],
     params: Tree,
     *args: Any,
     var_list: Tree | Callable[[Tree], Tree] | None = None,
@@ -85,8 +95,8 @@ def _cotangent(value, grad_loss):
 
 
 def apply_gradients(
-    tx: optax.GradientTransformation, grads: Tree, params: Tree, opt_state: Tree
-) -> tuple[Tree, Tree]:
+    tx: optax.GradientTransformation, grads: Tree, params: Params, opt_state: State
+) -> tuple[Params, State]:
     """`(params, opt_state)` after one step. TF1's `Optimizer.apply_gradients`.
 
     A leaf whose gradient is `None` stays, and so do its slots.
@@ -99,12 +109,13 @@ def apply_gradients(
         raise ValueError(
             "grads holds no gradient: every leaf is None. Pass what compute_gradients returns."
         )
-    updates, opt_state = tx.update(grads, opt_state, params)
+    update: Any = tx.update  # Optax says what trees hold, and nothing is known here of these
+    updates, opt_state = update(grads, opt_state, params)
     return tree_map(apply_update, params=params, updates=updates), opt_state
 
 
 def minimize(
-    loss: Callable,
+    loss: Callable[..., Any],
     tx: optax.GradientTransformation,
     *,
     var_list: Tree | Callable[[Tree], Tree] | None = None,

@@ -8,7 +8,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 Tree = Any
+Params = TypeVar("Params")  # a tree that comes back of the type that it was
+State = TypeVar("State")
 
 
 def is_none(x) -> bool:

@@ -20,7 +20,7 @@ from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
 from emaopt._averages import averages, swap
-from emaopt._tree import Tree, key_paths, leaf_names
+from emaopt._tree import Params, State, Tree, key_paths, leaf_names
 
 from ._index import MARKER, KeyPath, logical
 from ._items import inventory, items_of, with_digests
@@ -68,12 +68,12 @@ def save_async(
 
 def resume(
     checkpointer: ocp.training.Checkpointer,
-    params: Tree,
-    opt_state: Tree,
+    params: Params,
+    opt_state: State,
     *,
     step: int | None = None,
     **rest: Any,
-) -> tuple[Tree, Tree, dict[str, Any]]:
+) -> tuple[Params, State, dict[str, Any]]:
     """`(params, opt_state, rest)` as they were when saved, bit for bit; from the newest step.
 
     `params`, `opt_state` and `rest` are like what was saved: from `tx.init`, or abstract
@@ -116,8 +116,13 @@ def _as_saved(
 
 
 def restore_averages(
-    path: Any, like: Tree, *, step: int | None = None, name: str | None = None, cast: bool = False
-) -> Tree:
+    path: Any,
+    like: Params,
+    *,
+    step: int | None = None,
+    name: str | None = None,
+    cast: bool = False,
+) -> Params:
     """The averages of a checkpoint, like `like`, without knowing the optimizer.
 
     `path`: a run directory (its newest finished step, or `step`) or one checkpoint, saved here or
@@ -138,12 +143,12 @@ def variables_to_restore(path: Any, like: Tree, *, step: int | None = None) -> d
 
 def watch(
     directory: Any,
-    like: Tree,
+    like: Params,
     *,
     interval: float = 10.0,
     timeout: float | None = None,
     after: int | None = None,
-) -> Iterator[tuple[int, Tree]]:
+) -> Iterator[tuple[int, Params]]:
     """`(step, averages)` of each checkpoint as it is finished, beside a trainer at work.
 
     Reads only. Every `interval` seconds; the newest one first where several are waiting; those

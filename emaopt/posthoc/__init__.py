@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from emaopt._tree import Tree, check
+from emaopt._tree import Params, check
 
 from ._fit import Average, fit, snapshots_of
 from ._sum import Sum
@@ -167,7 +167,7 @@ def residual(
     return fit(snapshots_of(steps, gammas), at, target, normalize)[1]
 
 
-def synthesize(snapshots: Iterable[Tree], weights: ArrayLike) -> Tree:
+def synthesize(snapshots: Iterable[Params], weights: ArrayLike) -> Params:
     """The sum of snapshots times weights: like the first snapshot, in its dtypes and shardings.
 
     `snapshots`: any iterable of trees, read once and in order; the next is asked for when the last

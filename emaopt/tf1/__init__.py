@@ -10,13 +10,13 @@ is read into a tree or written to disk.
 import difflib
 import importlib.util
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import numpy as np
 
 from emaopt._names import average_name, role
-from emaopt._tree import Tree, describe, dtype_of
+from emaopt._tree import Params, State, Tree, describe, dtype_of
 
 from ._files import Checkpoint, cast, check_prefix, write
 from ._rename import (
@@ -47,6 +47,30 @@ class Variable(NamedTuple):
     becomes: str
 
 
+@overload
+def load(
+    path: Any,
+    params: Params,
+    opt_state: State,
+    *,
+    swapped: bool = False,
+    name: str | None = None,
+    rename: Rename | None = None,
+    average_name: AverageName = average_name,
+    strict: Literal[True] = True,
+) -> tuple[Params, State]: ...
+@overload
+def load(
+    path: Any,
+    params: Params,
+    opt_state: State,
+    *,
+    swapped: bool = False,
+    name: str | None = None,
+    rename: Rename | None = None,
+    average_name: AverageName = average_name,
+    strict: bool,
+) -> tuple[Params, State, dict[str, str]]: ...
 def load(
     path: Any,
     params: Tree,
