@@ -8,17 +8,15 @@ alone. *Whole step*: with the gradient, of a loss that does next to nothing with
 by `emaopt.unpack` where it is packed. *Network*: the same for a chain of as many small matrices,
 whose own time, for three products a leaf, is the same on both sides.
 
-Tree and packed take turns in one process; a row has the median times, and the median of the ratios
-of neighbouring runs. Compile: seconds of processor time of all threads, tracing included. Writes
-`benchmarks/leaves.json` and `benchmarks/leaves.md`.
+Tree and packed take turns in one process, each between two steps that only hand on as many arrays;
+a row has the median times, and the median of the ratios. Compile: seconds of processor time of all
+threads, tracing included. Writes leaves.json and leaves.md. What the optimizer alone takes to
+compile, in memory, and beside Optax: dispatch.py.
 """
 
 import argparse
-import json
 import os
-import statistics
 import time
-from pathlib import Path
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,17 +25,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from timing import Step, handing, publish, ratio, table, times
 from tqdm import tqdm
 
 import emaopt
 
 
-HERE = Path(__file__).parent
 CHAIN = (emaopt.momentum(0.1, 0.9), emaopt.ema(0.999))
 CHAINS = {
     "momentum + ema": optax.chain(*CHAIN),
     "clip + momentum + ema": optax.chain(emaopt.clip_by_global_norm(1.0), *CHAIN),
 }
+
+
+def parameters(number: int) -> dict:
+    """So many leaves of 200 numbers."""
+    rng = np.random.default_rng(0)
+    return {
+        f"layer{i:04}": jnp.asarray(rng.normal(size=(10, 20)), jnp.float32) for i in range(number)
+    }
 
 
 def loss(tree):
@@ -75,76 +81,57 @@ def optimizer(tx):
 STEPS = {"optimizer": optimizer, "whole step": whole_step, "network": network_step}
 
 
-class Run:
-    """A step that is compiled, and a state that it goes on from."""
-
-    def __init__(self, step, tx, params):
-        self.carry = jax.tree.map(jnp.copy, (params, tx.init(params)))
-        self.step = jax.jit(step, donate_argnums=(0, 1))
+def measure(make, tx, params, rounds: int) -> dict[str, float]:
+    calls, compiling = {}, {}
+    for name, form, repeat in (("tree", params, 1), ("packed", emaopt.pack(params), 10)):
         start = time.process_time()
-        self.step.lower(*self.carry).compile()
-        self.compile = time.process_time() - start
-        self(2)
-
-    def __call__(self, steps):
-        """Milliseconds per step."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.carry = self.step(*self.carry)
-            jax.block_until_ready(self.carry)
-        return (time.perf_counter() - start) * 1e3 / steps
-
-
-def measure(make, tx, params, rounds):
-    tree = Run(make(tx), tx, params)
-    packed = Run(make(tx), tx, emaopt.pack(params))
-    times = [(tree(1), packed(10)) for _ in tqdm(range(rounds), leave=False, disable=None)]
+        calls[name] = Step(make(tx), form, tx.init(form), repeat=repeat)
+        compiling[name] = time.process_time() - start
+    found = times(calls, rounds, handing(params))
+    each = {name: call.repeat for name, call in calls.items()}
+    relative = {name: found[name].relative / each[name] for name in calls}
     return {
-        "tree ms": statistics.median(a for a, _ in times),
-        "packed ms": statistics.median(b for _, b in times),
-        "faster": statistics.median(a / b for a, b in times),
-        "tree compile s": tree.compile,
-        "packed compile s": packed.compile,
+        **{f"{x} ms": float(np.median(found[x].seconds)) * 1e3 / each[x] for x in calls},
+        "faster": ratio(relative["tree"], relative["packed"]),
+        **{f"{x} compile s": compiling[x] for x in calls},
     }
 
 
+def report(rows: list[dict]) -> list[str]:
+    head = ["leaves", "step", "", "tree, ms", "packed, ms", "faster"]
+    return [
+        "`python benchmarks/leaves.py`: leaves of 200 numbers, float32, on a CPU.",
+        "",
+        *table(
+            [*head, "compile, CPU s: tree", "packed"],
+            (
+                [
+                    f"{row['leaves']:,}",
+                    row["step"],
+                    row["of"],
+                    f"{row['tree ms']:.2f}",
+                    f"{row['packed ms']:.3f}",
+                    f"{row['faster']:.1f}",
+                    f"{row['tree compile s']:.1f}",
+                    f"{row['packed compile s']:.1f}",
+                ]
+                for row in rows
+            ),
+        ),
+    ]
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--leaves", type=int, nargs="*", default=[100, 1000, 5000])
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-
-    rng, rows = np.random.default_rng(0), []
-    for number in args.leaves:
-        params = {
-            f"layer{i:04}": jnp.asarray(rng.normal(size=(10, 20)), jnp.float32)
-            for i in range(number)
-        }
-        for chain, tx in CHAINS.items():
-            for what, make in STEPS.items():
-                row = {"leaves": number, "step": chain, "of": what}
-                rows.append(row | measure(make, tx, params, args.rounds))
-                print(rows[-1], flush=True)
-                write(rows)
-
-
-def write(rows):
-    (HERE / "leaves.json").write_text(json.dumps(rows, indent=1) + "\n")
-    lines = [
-        "# Many small leaves",
-        "",
-        "`python benchmarks/leaves.py`: leaves of 200 numbers, float32, on a CPU.",
-        "",
-        "| leaves | step | | tree, ms | packed, ms | faster | compile, CPU s: tree | packed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['leaves']:,} | {row['step']} | {row['of']} | {row['tree ms']:.2f} | "
-        f"{row['packed ms']:.3f} | {row['faster']:.1f} | {row['tree compile s']:.1f} | "
-        f"{row['packed compile s']:.1f} |"
-        for row in rows
-    ]
-    (HERE / "leaves.md").write_text("\n".join(lines) + "\n")
+    cells = [(n, c, what) for n in args.leaves for c in CHAINS for what in STEPS]
+    rows = []
+    for number, chain, what in tqdm(cells, leave=False, disable=None):
+        found = measure(STEPS[what], CHAINS[chain], parameters(number), args.rounds)
+        rows.append({"leaves": number, "step": chain, "of": what} | found)
+    publish("leaves", "Many small leaves", report(rows), rows)
 
 
 if __name__ == "__main__":

@@ -4,26 +4,25 @@
     python benchmarks/several.py --millions 32
 
 One jitted step of Adam and k averages, each with its own decay, parameters and state donated.
-Every round takes a step of each variant, in turn, in one process; the table has the least time of
-each beside that of Adam alone, and the bytes that the compiled step accesses by XLA's count. "k
-times one" is what the first average adds, k times. "Fed back" overwrites the parameters by the
-average every ten updates. The second table is an evaluation of all averages at once, `jax.vmap`
-over `emaopt.stacked`, against one after the other. Writes `benchmarks/several.md`.
+Every round takes ten steps of each variant, in turn, in one process, between two passes of memory
+traffic; the table has the median time of each beside that of Adam alone, and the bytes that the
+compiled step accesses by XLA's count. "k times one" is what the first average adds, k times. "Fed
+back" overwrites the parameters by the average every ten updates. The second table is an evaluation
+of all averages at once, `jax.vmap` over `emaopt.stacked`, against one after the other. Writes
+several.json and several.md.
 """
 
 import argparse
 import functools
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
+from timing import Step, publish, ratio, relative_times, scaling, table
 
 import emaopt
 
 
-HERE = Path(__file__).parent
 DECAYS = [0.999, emaopt.half_life(500), emaopt.warmup(0.9999), emaopt.power(6.94)]
 LAYERS = 8
 
@@ -42,39 +41,18 @@ def transformation(k: int, fed_back: bool = False) -> optax.GradientTransformati
     return optax.named_chain(("adam", emaopt.adam()), *averages)
 
 
-class Training:
-    """A donated step, compiled ahead, and what it carries."""
+def training(tx: optax.GradientTransformation, millions: float) -> Step:
 
-    def __init__(self, tx: optax.GradientTransformation, millions: float):
+    def step(params, opt_state):
+        grads = params
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
-        def step(params, opt_state):
-            grads = params
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        params = parameters(millions)
-        self.carry = params, tx.init(params)
-        self.step = jax.jit(step, donate_argnums=(0, 1)).lower(*self.carry).compile()
-        self.bytes = self.step.cost_analysis()["bytes accessed"]
-
-    def __call__(self):
-        """One step."""
-        self.carry = self.step(*self.carry)
-        return self.carry
+    params = parameters(millions)
+    return Step(step, params, tx.init(params), repeat=10)
 
 
-def least_seconds(calls: dict, rounds: int) -> dict:
-    """The least time of each call, in turn, after one to warm up."""
-    seconds = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: min(times[1:]) for name, times in seconds.items()}
-
-
-def training_rows(millions: float, rounds: int):
+def measure_training(millions: float, rounds: int) -> dict:
     variants = {
         "Adam": (0, transformation(0)),
         "Adam, 1 average": (1, transformation(1)),
@@ -82,19 +60,27 @@ def training_rows(millions: float, rounds: int):
         "Adam, 4 averages": (4, transformation(4)),
         "Adam, 1 average, fed back": (1, transformation(1, fed_back=True)),
     }
-    trainings = {name: Training(tx, millions) for name, (_, tx) in variants.items()}
-    seconds = least_seconds(trainings, rounds)
-    volumes = {name: training.bytes for name, training in trainings.items()}
-    adam, one = list(variants)[:2]
+    steps = {name: training(tx, millions) for name, (_, tx) in variants.items()}
+    times = relative_times(steps, rounds, scaling(128))
+    return {
+        name: {
+            "averages": k,
+            "time": ratio(times[name], times["Adam"]),
+            "bytes": steps[name].compiled.cost_analysis()["bytes accessed"],
+        }
+        for name, (k, _) in variants.items()
+    }
 
-    def ratios(found, name):
-        k = variants[name][0]
-        added = (found[name] - found[adam]) / (k * (found[one] - found[adam])) if k else 0
-        return f"{found[name] / found[adam]:.2f}", f"{added:.2f}" if k else ""
 
-    for name in variants:
-        gigabytes = f"{volumes[name] / 1e9:.3f}"
-        yield name, *ratios(seconds, name), gigabytes, *ratios(volumes, name)
+def training_rows(found: dict):
+    adam, one = found["Adam"], found["Adam, 1 average"]
+    for name, row in found.items():
+        cells = []
+        for what in ("time", "bytes"):
+            added, first = (x[what] - adam[what] for x in (row, one))
+            share = f"{added / (row['averages'] * first):.2f}" if row["averages"] else ""
+            cells.append((f"{row[what] / adam[what]:.2f}", share))
+        yield name, *cells[0], f"{row['bytes'] / 1e9:.3f}", *cells[1]
 
 
 def evaluation(width: int) -> dict:
@@ -117,48 +103,42 @@ def evaluation(width: int) -> dict:
     }
 
 
-def evaluation_rows(rounds: int):
+def measure_evaluation(rounds: int) -> dict[str, float]:
+    found = {}
     for width in (64, 512):
-        seconds = least_seconds(evaluation(width), 10 * rounds)
-        yield f"{LAYERS} layers of width {width}", f"{seconds['together'] / seconds['each']:.2f}"
-
-
-def table(head, rows):
-    lines = [head, "|---" * len(head) + "|", *rows]
-    return [x if isinstance(x, str) else "| " + " | ".join(x) + " |" for x in lines]
+        times = relative_times(evaluation(width), 10 * rounds, scaling(1))
+        found[f"{LAYERS} layers of width {width}"] = ratio(times["together"], times["each"])
+    return found
 
 
 def main():
     """Print the tables and write them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--millions", type=float, default=8.0)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    head = [
-        "",
-        "time / Adam's",
-        "added / k times one",
-        "GB accessed",
-        "/ Adam's",
-        "added / k times one",
-    ]
-    title = (
-        f"Several averages in one step, {options.millions:g} million float32 parameters, jax "
-        f"{jax.__version__}, {jax.default_backend()}; the least of {options.rounds} interleaved "
-        "rounds; made by `python benchmarks/several.py`."
-    )
+    found = vars(options) | {
+        "training": measure_training(options.millions, options.rounds),
+        "evaluation": measure_evaluation(options.rounds),
+    }
+    added = "added / k times one"
     lines = [
-        title,
+        f"`python benchmarks/several.py`: {options.millions:g} million float32 parameters, jax "
+        f"{jax.__version__}, {jax.default_backend()}, {options.rounds} rounds of ten steps.",
         "",
-        *table(head, training_rows(options.millions, options.rounds)),
+        *table(
+            ["", "time / Adam's", added, "GB accessed", "/ Adam's", added],
+            training_rows(found["training"]),
+        ),
         "",
         "Evaluating four averages:",
         "",
-        *table(["", "all at once / one after the other"], evaluation_rows(options.rounds)),
+        *table(
+            ["", "all at once / one after the other"],
+            ([name, f"{share:.2f}"] for name, share in found["evaluation"].items()),
+        ),
     ]
-    text = "\n".join([*lines, ""])
-    print(text, end="")
-    (HERE / "several.md").write_text(text)
+    publish("several", "Several averages in one step", lines, found)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ step alone against what the memory can move. Writes steps.json and steps.md.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -20,15 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import Step, bandwidth, relative_times, scaling
+from timing import Step, bandwidth, publish, ratio, relative_times, scaling, table
 from tqdm import tqdm
 
 import emaopt
 
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-import trees  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import trees
 
 
 RATE, DECAY, NORM = 1e-3, 0.999, 1.0
@@ -107,7 +105,7 @@ def measure_steps(params, rounds: int) -> dict[str, dict[str, float]]:
             "other": by_hand(other, *FORMS[form], params, grads),
         }
         times = relative_times(calls, rounds, reference)
-        found.setdefault(name, {})[form] = float(np.median(times["emaopt"] / times["other"]))
+        found.setdefault(name, {})[form] = ratio(times["emaopt"], times["other"])
     return found
 
 
@@ -123,26 +121,27 @@ def measure_averaging(trees_of: dict, rounds: int) -> dict[str, float]:
     return found
 
 
-def table(found: dict) -> str:
+def report(found: dict) -> list[str]:
     ratios = [x for forms in found["steps"].values() for x in forms.values()]
-    lines = [
+    return [
         f"`python benchmarks/steps.py`: jax {jax.__version__}, {jax.default_backend()}, "
         f"{found['rounds']} rounds.",
         "",
-        "| emaopt / Optax and an average by hand | alone | clip | ema | clip and ema |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {name} | {' | '.join(f'{forms[form]:.2f}' for form in FORMS)} |"
-            for name, forms in found["steps"].items()
+        *table(
+            ["emaopt / Optax and an average by hand", "alone", "clip", "ema", "clip and ema"],
+            (
+                [name, *(f"{forms[form]:.2f}" for form in FORMS)]
+                for name, forms in found["steps"].items()
+            ),
         ),
         "",
         f"Median {np.median(ratios):.3f}, worst {max(ratios):.3f}.",
         "",
-        "| the averaging step alone, on | bandwidth reached |",
-        "|---|---|",
-        *(f"| {name} | {share:.2f} |" for name, share in found["averaging"].items()),
+        *table(
+            ["the averaging step alone, on", "bandwidth reached"],
+            ([name, f"{share:.2f}"] for name, share in found["averaging"].items()),
+        ),
     ]
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -156,10 +155,7 @@ def main() -> None:
         "steps": measure_steps(resnet, rounds),
         "averaging": measure_averaging({"8 x 8.4 million": large, "ResNet-50": resnet}, rounds),
     }
-    text = table(found)
-    (HERE / "steps.json").write_text(json.dumps(found, indent=1) + "\n")
-    (HERE / "steps.md").write_text(f"# What a step costs\n\n{text}\n")
-    print(text)
+    publish("steps", "What a step costs", report(found), found)
 
 
 if __name__ == "__main__":
