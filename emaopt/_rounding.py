@@ -86,32 +86,36 @@ def add(x: jax.Array, low: jax.Array, increment: jax.Array) -> tuple[jax.Array, 
 def add_stochastically(x: jax.Array, increment: jax.Array, step: jax.Array, leaf: int) -> jax.Array:
     """`x + increment` as bfloat16, up or down by chance; both float32, x a number of bfloat16.
 
-    In units in the last place of bfloat16, where x is whole and the increment keeps all its bits:
-    added to x first, it would be rounded to float32, and that rounding is not by chance.
+    By chance twice, since it is rounded twice. The increment, to units in the last place of x as
+    float32, with a random part of a unit between -1/2 and 1/2 added before: the sum is exact then.
+    The sum, to bfloat16, by cutting it off, with a random part between 0 and 1 added before.
     """
-    top = jnp.maximum(jnp.abs(x), jnp.abs(x + increment))
-    exponent = jax.lax.bitcast_convert_type(top, jnp.uint32) & jnp.uint32(0x7F800000)
-    exponent = jnp.maximum(exponent, jnp.uint32(8 << 23))  # a unit is never below normal numbers
-    unit = jax.lax.bitcast_convert_type(exponent - jnp.uint32(7 << 23), jnp.float32)
-    per_unit = jax.lax.bitcast_convert_type(jnp.uint32((254 + 7) << 23) - exponent, jnp.float32)
-    whole = jnp.floor(x * per_unit)
-    part = (x * per_unit - whole) + increment * per_unit
-    size = jnp.abs(part)  # away from zero by chance: the numbers are finest near 0
-    moved = jnp.floor(size)
-    moved += (_uniform(x.shape, step, leaf) < size - moved).astype(jnp.float32)
-    rounded = (whole + jnp.sign(part) * moved) * unit
-    rounded = jnp.where((increment == 0) | ~jnp.isfinite(top), x + increment, rounded)
-    return rounded.astype(jnp.bfloat16)
+    random = _random(x.shape, step, leaf)
+    first, second = random & jnp.uint32(0xFFFF0000), random & jnp.uint32(0xFFFF)
+    exponent = jnp.clip(
+        _bits(x) & jnp.uint32(0x7F800000), jnp.uint32(24 << 23), jnp.uint32(254 << 23)
+    )
+    unit = _number(exponent - jnp.uint32(23 << 23))
+    part = _number((first >> 9) | jnp.uint32(0x3F800000)) - jnp.float32(1.5 - 2**-17)
+    whole = _number(exponent | jnp.uint32(1 << 22))  # what is added to it is rounded to units
+    total = x + (((increment + part * unit) + whole) - whole)
+    bits = _bits(total)
+    bits = jnp.where(jnp.isnan(total), bits, bits + second)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _uniform(shape: tuple[int, ...], step: jax.Array, leaf: int) -> jax.Array:
-    """Numbers from 0 to 1, float32: a hash of the step, the leaf and the place in it.
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
-    In steps of 2**-31, half a step away from 0: below p with the probability p, to half a step.
-    """
+
+def _number(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _random(shape: tuple[int, ...], step: jax.Array, leaf: int) -> jax.Array:
+    """32 bits for each element: a hash of the step, the leaf and the place in it."""
     seed = _hash(_hash(step.astype(jnp.uint32)) + jnp.uint32((leaf + 1) * 0x9E3779B9 % 2**32))
-    bits = (_hash(_place(shape) ^ seed) >> 1).astype(jnp.int32)
-    return (bits.astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2**-31)
+    return _hash(_place(shape) ^ seed)
 
 
 def _place(shape: tuple[int, ...]) -> jax.Array:

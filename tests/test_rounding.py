@@ -150,10 +150,10 @@ def test_a_number_of_bfloat16_and_nothing_is_that_number(x, step):
     np.testing.assert_array_equal(got, x)
 
 
-def test_of_the_smallest_numbers_the_smallest_normal_one_is_the_unit():
-    x = jnp.full(9, 2.0**-125)
-    got = stochastically(x, x / 2, jnp.int32(1), 0)
-    np.testing.assert_array_equal(got, jnp.full(9, 3 * 2.0**-126, jnp.bfloat16))
+def test_small_numbers_are_added_exactly_where_no_rounding_is_needed():
+    x = jnp.full(9, 2.0**-120)
+    got = stochastically(x, x / 16, jnp.int32(1), 0)
+    np.testing.assert_array_equal(got, jnp.full(9, 17 * 2.0**-124, jnp.bfloat16))
 
 
 def test_every_element_has_a_place_of_its_own():
@@ -172,14 +172,21 @@ def test_nan_stays_nan(x):
     assert jnp.isnan(got).all()
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize(("bits", "moves"), [(0b01, True), (0b11, True), (0b101, False)])
-def test_the_chance_of_the_smallest_increments_is_right_up_and_down(monkeypatch, sign, bits, moves):
-    """A chance of 2.2 in 2**31: the two lowest numbers, whichever way it goes."""
-    monkeypatch.setattr(_rounding, "_hash", lambda x: jnp.full_like(x, bits))
-    one = jnp.ones(1)
+@pytest.mark.parametrize(("sign", "second"), [(1, 0xFFFF), (-1, 0)])
+def test_the_chance_of_the_smallest_increments_is_right_up_and_down(monkeypatch, sign, second):
+    """Below and above a power of 2 the units differ. 2**-37 is 4 in 2**16 of one of float32."""
+    random = jnp.arange(2**16, dtype=jnp.uint32) << 16 | jnp.uint32(second)
+    monkeypatch.setattr(_rounding, "_random", lambda *_: random)
+    one = jnp.ones(2**16)
     got = add_stochastically(one, one * sign * 1.1 * 2**-37, jnp.int32(1), 0)
-    assert got == 1 + sign * moves * 2**-7
+    assert jnp.sum(got == 1) == 2**16 - 4
+    assert jnp.sum(got == (1 + 2**-7 if sign > 0 else 1 - 2**-8)) == 4
+
+
+@pytest.mark.parametrize("nan", [0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF])
+def test_nan_stays_nan_whatever_its_bits(nan):
+    x = jax.lax.bitcast_convert_type(jnp.full(100, nan, jnp.uint32), jnp.float32)
+    assert jnp.all(jnp.isnan(stochastically(x, jnp.zeros(100), jnp.int32(1), 0)))
 
 
 @settings(deadline=None, derandomize=True)
