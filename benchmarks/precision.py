@@ -19,10 +19,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import Step, bandwidth, ratio, relative_times
 from tqdm import tqdm
 
 import emaopt
-from timing import Step, bandwidth, ratio, relative_times
 
 
 HERE = Path(__file__).parent
