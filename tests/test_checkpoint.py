@@ -496,6 +496,16 @@ def test_an_export_and_a_list_can_be_exported(run, tmp_path):
         assert_same(checkpoint.restore_averages(tmp_path / f"{source} exported", PARAMS), want)
 
 
+@pytest.mark.parametrize("save", [checkpoint.save, checkpoint.save_async])
+def test_a_relative_directory_is_refused_before_orbax_fails_in_it(save, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        ocp.training.Checkpointer("run") as checkpointer,
+        pytest.raises(ValueError, match=r"'run', which is relative.*os\.path\.abspath"),
+    ):
+        save(checkpointer, 1, PARAMS, OPTIMIZERS["chain"].init(PARAMS))
+
+
 def test_export_to_safetensors_without_the_package_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):

@@ -44,7 +44,7 @@ def save(
     per leaf that loading compares. With several averages of the same parameters, `name` says which
     one. `checkpointer` is yours: its directory, its policies.
     """
-    items = items_of(params, opt_state, name, digest, rest)
+    items = items_of(checkpointer, params, opt_state, name, digest, rest)
     return checkpointer.save_checkpointables(step, items, custom_metadata=inventory(items))
 
 
@@ -62,7 +62,7 @@ def save_async(
 
     The arrays are on their way when this returns, so donating them is safe. `result()` waits.
     """
-    items = items_of(params, opt_state, name, digest, rest)
+    items = items_of(checkpointer, params, opt_state, name, digest, rest)
     return checkpointer.save_checkpointables_async(step, items, custom_metadata=inventory(items))
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from orbax.checkpoint import v1 as ocp
+
 from emaopt._averages import averages, swap
 from emaopt._ema import SwappedEmaState
 from emaopt._tree import Tree
@@ -12,9 +14,19 @@ from ._stored import leaves_by_path
 
 
 def items_of(
-    params: Tree, opt_state: Tree, name: str | None, digest: bool, rest: dict[str, Any]
+    checkpointer: ocp.training.Checkpointer,
+    params: Tree,
+    opt_state: Tree,
+    name: str | None,
+    digest: bool,
+    rest: dict[str, Any],
 ) -> dict[str, Tree]:
     """The items of a training state: the averages are in `params`, the parameters in the shadow."""
+    if not checkpointer.directory.is_absolute():
+        raise ValueError(
+            f"checkpointer writes to {str(checkpointer.directory)!r}, which is relative, and Orbax "
+            "cannot. Make it with an absolute path: os.path.abspath."
+        )
     if any(isinstance(state, SwappedEmaState) for state in averages(opt_state).values()):
         raise ValueError(
             "opt_state is swapped already. Pass the state that training goes on with: save swaps."
