@@ -1,5 +1,6 @@
 """`emaopt synthesize`: what is read from a run, written, listed, drawn and refused."""
 
+import importlib
 import json
 import re
 import sys
@@ -388,3 +389,11 @@ def test_without_a_package_the_extra_is_named(missing, runs, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         main(["synthesize", str(runs[0] / "two"), "--plot", str(tmp_path / "a.png")])
     assert f'{missing} is not installed. pip install "emaopt[posthoc]"' in capsys.readouterr().err
+
+
+def test_the_import_names_the_extra(monkeypatch):
+    for module in [name for name in sys.modules if name.startswith("emaopt.synthesize")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ModuleNotFoundError, match=r'tqdm: pip install "emaopt\[posthoc\]"'):
+        importlib.import_module("emaopt.synthesize")

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
 from emaopt._tree import check_unique, did_you_mean, is_inexact, key_paths
 from emaopt.checkpoint._index import (
@@ -33,6 +32,14 @@ from emaopt.posthoc._fit import Average, fit, profile_of
 from emaopt.posthoc._sum import Sum
 
 from ._sources import Moments, Source, recognize
+
+
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        'emaopt.synthesize needs tqdm: pip install "emaopt[posthoc]"', name="tqdm"
+    ) from None
 
 
 AT_ONCE = 2**25  # bytes of a snapshot that are read at once
