@@ -1,0 +1,69 @@
+"""What must work where nothing but the wheel and what it needs is installed. From any other folder.
+
+The README that the wheel carries runs; every room is there, or names its extra; so do the commands.
+"""
+
+import doctest
+import importlib
+import importlib.metadata
+import pkgutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import emaopt
+
+
+def command(*arguments):
+    """Exit code, output and errors of `emaopt`."""
+    run = subprocess.run(["emaopt", *arguments], capture_output=True, text=True, check=False)
+    return run.returncode, run.stdout, run.stderr
+
+
+assert Path(__file__).parents[1] not in Path(emaopt.__file__).parents, emaopt.__file__
+readme = importlib.metadata.metadata("emaopt").get_payload()
+examples = doctest.DocTestParser().get_doctest(str(readme), {}, "README.md", None, 0)
+found = doctest.DocTestRunner().run(examples)
+assert found.attempted > 20, found
+assert not found.failed, found
+
+absent = {}
+for room in pkgutil.iter_modules(emaopt.__path__):
+    if not room.name.startswith("_"):
+        try:
+            importlib.import_module(f"emaopt.{room.name}")
+        except ModuleNotFoundError as error:
+            absent[room.name] = str(error)
+assert absent.keys() == {"convert", "demo", "synthesize", "tf1"}, absent
+assert 'pip install "emaopt[posthoc]"' in absent["synthesize"], absent
+assert 'pip install "emaopt[tf1]"' in absent["tf1"], absent
+
+assert command("--version") == (0, f"emaopt {emaopt.__version__}\n", "")
+assert command("--help")[0] == 0
+for extra, arguments in {
+    "demo": ["demo"],
+    "tf1": ["convert", "from", "to"],
+    "posthoc": ["synthesize", "run"],
+}.items():
+    code, _, errors = command(*arguments)
+    assert code, arguments
+    assert f'pip install "emaopt[{extra}]"' in errors, errors
+    assert errors.count("\n") == 1, errors
+
+with tempfile.TemporaryDirectory() as run:
+    import jax.numpy as jnp
+    import optax
+    from orbax.checkpoint import v1 as ocp
+
+    from emaopt import checkpoint
+
+    tx = optax.chain(emaopt.adam(), emaopt.ema(0.99))
+    params = {"w": jnp.ones(3)}
+    with ocp.training.Checkpointer(run) as checkpointer:
+        checkpoint.save(checkpointer, 7, params, tx.init(params))
+    code, listed, errors = command("ls", run)
+    assert (code, errors) == (0, ""), errors
+    assert "average of w" in listed, listed
+    assert command("diff", run)[0] == 0
+print(f"emaopt {emaopt.__version__} on Python {sys.version.split()[0]}: {found}")
