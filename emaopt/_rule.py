@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from ._schedules import Decay
 from ._tree import (
     Tree,
     beside,
@@ -59,6 +60,11 @@ def optimizer(
     """The transformation of a rule. `slots`: start values, in the order of the rule's arguments."""
     powers = powers or {}
     for name, value in hyper.items():
+        if isinstance(value, Decay):
+            raise ValueError(
+                f"{name} is the decay of an average. Pass a number or a schedule: "
+                "emaopt.exponential_decay, or Optax's optax.warmup_constant_schedule."
+            )
         if not (name == "learning_rate" and callable(value)):
             check(name, value, *_RANGES.get(name, (np.isfinite, "a finite number")))
 

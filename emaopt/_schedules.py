@@ -39,12 +39,17 @@ class Decay:
     exact: bool = True  # False: `over` takes the decay for constant over the n updates
 
     def __call__(self, t: Any) -> Any:
+        check("t", t, lambda t: t >= 1, _COUNTED)
         return 1 - self.rate(t)
 
 
 DecayLike = float | jax.Array | Callable[[Any], Any]
 
 _SHARE = (lambda x: x.ndim == 0 and 0 <= x <= 1, "a number from 0 to 1")
+_COUNTED = (
+    "the number of updates with this one, 1 or more. Optax's schedules count from 0: a decay in "
+    'optax.inject_hyperparams needs static_args="decay"'
+)
 
 
 def as_decay(decay: DecayLike) -> Decay:
@@ -57,7 +62,7 @@ def as_decay(decay: DecayLike) -> Decay:
     if callable(decay):
         _check_function(decay)
         return pointwise(lambda t: 1 - jnp.asarray(decay(t)).astype(jnp.float32))
-    check("decay", decay, *_SHARE)
+    _check_number(decay)
     rate = 1 - scalar(decay, jnp.float32)
     return Decay(lambda t: rate, lambda t, n: _power(jnp.log1p(-rate), n))
 
@@ -257,6 +262,11 @@ def exponential_decay(
     check("learning_rate", learning_rate, np.isfinite, "a finite number")
     check("decay_steps", decay_steps, lambda x: x > 0, "a number above 0")
     check("decay_rate", decay_rate, lambda x: x >= 0, "0 or more")
+    if staircase not in (False, True):
+        raise ValueError(
+            f"staircase={staircase!r} is neither True nor False. Pass (learning_rate, decay_steps, "
+            "decay_rate, staircase): there is no global_step here."
+        )
 
     def schedule(step):
         dtype = getattr(learning_rate, "dtype", jnp.float32)
@@ -278,7 +288,7 @@ def _own(decay: DecayLike) -> Decay:
     """The decay inside one of emaopt's own: a number is what the user wrote, not its float32."""
     if callable(decay) or not is_concrete(decay):
         return as_decay(decay)
-    check("decay", decay, *_SHARE)
+    _check_number(decay)
     kept = float(decay)
     rate, log = 1 - kept, math.log(kept) if kept else -math.inf
     return Decay(lambda t: _float(rate), lambda t, n: _power(log, n))
@@ -299,6 +309,16 @@ def _float(x):
     return jnp.asarray(x).astype(float)
 
 
+def _check_number(decay: Any) -> None:
+    check("decay", decay, *_SHARE)
+    dtype = jnp.dtype(getattr(decay, "dtype", jnp.float32))
+    if dtype.itemsize < 4 and is_concrete(decay) and decay == 1:
+        raise ValueError(
+            f"decay={decay} has dtype {dtype}, in which 0.9999 is 1: the average would never move. "
+            "Pass a Python number; in optax.inject_hyperparams, hyperparam_dtype=jnp.float32."
+        )
+
+
 def _check_function(decay: Callable) -> None:
     """Try a function of the user's at small and large t, and under a trace."""
     try:
@@ -307,6 +327,11 @@ def _check_function(decay: Callable) -> None:
         raise ValueError(
             "decay is a function that looks at the value of t in Python, so it cannot be jitted. "
             "Use jax.numpy: jnp.where(t < ..., a, b) instead of `if`."
+        ) from error
+    except TypeError as error:
+        raise ValueError(
+            f"decay={decay!r} is a function that does not make a number of t. Pass a number or a "
+            "function of t; call those of emaopt first: warmup(0.999)."
         ) from error
     if getattr(value, "shape", None) != ():
         raise ValueError(f"decay(t) is {value}, not a scalar. Return a number from 0 to 1.")

@@ -14,7 +14,6 @@ from ._tree import (
     apply_update,
     describe,
     is_inexact,
-    is_none,
     tree_map,
     zip_leaves,
 )
@@ -94,6 +93,14 @@ def _cotangent(value, grad_loss):
     return grad_loss
 
 
+def _check_transformation(tx: Any) -> None:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ValueError(
+            f"tx is a {type(tx).__name__}, not a gradient transformation. Pass what a call made, "
+            "such as optax.chain(...) or emaopt.adam()."
+        )
+
+
 def apply_gradients(
     tx: optax.GradientTransformation, grads: Tree, params: Params, opt_state: State
 ) -> tuple[Params, State]:
@@ -105,9 +112,10 @@ def apply_gradients(
     >>> apply_gradients(tx, jnp.array(2.0), jnp.array(5.0), tx.init(jnp.array(5.0)))[0]
     Array(3., dtype=float32)
     """
-    if all(g is None for g in jax.tree.leaves(grads, is_leaf=is_none)):
+    _check_transformation(tx)
+    if all(g is None for _, g in zip_leaves(params=params, grads=grads)[0]):
         raise ValueError(
-            "grads holds no gradient: every leaf is None. Pass what compute_gradients returns."
+            "grads holds no gradient: every leaf is None. Pass the grads of compute_gradients."
         )
     update: Any = tx.update  # Optax says what trees hold, and nothing is known here of these
     updates, opt_state = update(grads, opt_state, params)
@@ -132,6 +140,7 @@ def minimize(
     >>> step(params, tx.init(params))[0]
     Array(2., dtype=float32)
     """
+    _check_transformation(tx)
 
     def step(params, opt_state, *args):
         value, grads = compute_gradients(loss, params, *args, var_list=var_list, has_aux=has_aux)

@@ -285,7 +285,7 @@ TREES = {
     ),
     "applied gradients of other leaves": (
         lambda: apply_gradients(optax.sgd(0.1), MORE, PARAMS, optax.sgd(0.1).init(PARAMS)),
-        "updates does not have the tree structure of params",
+        "grads does not have the tree structure of params",
     ),
     "integer params": (
         lambda: trace(adam().init, {"w": W, "n": jnp.array(1)}),

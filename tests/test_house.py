@@ -36,7 +36,7 @@ ROOMS = {
     "_schedules": ({"_tree"}, LIGHT),
     "_packing": ({"_tree"}, LIGHT),
     "_clip": ({"_tree", "_packing"}, LIGHT),
-    "_rule": ({"_tree"}, LIGHT),
+    "_rule": ({"_tree", "_schedules"}, LIGHT),
     "_optimizers": ({"_tree", "_rule"}, LIGHT),
     "_rounding": (set(), LIGHT),
     "_ledger": ({"_rounding"}, LIGHT),

@@ -44,6 +44,7 @@ def save(
     per leaf that loading compares. With several averages of the same parameters, `name` says which
     one. `checkpointer` is yours: its directory, its policies.
     """
+    _check_checkpointer(checkpointer)
     items = items_of(checkpointer, params, opt_state, name, digest, rest)
     return checkpointer.save_checkpointables(step, items, custom_metadata=inventory(items))
 
@@ -62,6 +63,7 @@ def save_async(
 
     The arrays are on their way when this returns, so donating them is safe. `result()` waits.
     """
+    _check_checkpointer(checkpointer)
     items = items_of(checkpointer, params, opt_state, name, digest, rest)
     return checkpointer.save_checkpointables_async(step, items, custom_metadata=inventory(items))
 
@@ -80,6 +82,7 @@ def resume(
     (`jax.eval_shape`), with shardings if there are any. Leaves are restored with the shardings
     given, onto whatever mesh that is.
     """
+    _check_checkpointer(checkpointer)
     checkpointer.wait()
     listed = {c.step: Path(c.path) for c in checkpointer.checkpoints}
     found = {step: path for step, path in listed.items() if (path / MARK).exists()}
@@ -93,6 +96,14 @@ def resume(
     if markers:
         params, opt_state = swap(params, opt_state, name)
     return params, opt_state, loaded.get("rest", {})
+
+
+def _check_checkpointer(checkpointer: Any) -> None:
+    if not hasattr(checkpointer, "save_checkpointables"):
+        raise ValueError(
+            f"checkpointer is a {type(checkpointer).__name__}. Pass that of Orbax's version 1: "
+            "orbax.checkpoint.v1.training.Checkpointer(directory), in a `with` statement."
+        )
 
 
 def _as_saved(

@@ -7,7 +7,7 @@ Everything is found in the checkpoint's own metadata. A leaf is one path, the it
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +57,8 @@ def locate(path: Any, step: int | None) -> Path:
     path = Path(path)
     if not path.is_absolute():
         raise ValueError(f"path={str(path)!r} is relative. Pass an absolute path.")
+    if Path(f"{path}.index").exists() or any(path.glob("*.index")):
+        raise ValueError(f"path={str(path)!r} is of TF1. Call emaopt.tf1.load, or emaopt convert.")
     if not path.is_dir():
         raise FileNotFoundError(f"path={str(path)!r} is not a directory. Pass a checkpoint or run.")
     if step is None and any((path / file).exists() for file in (MARK, "_METADATA")):
@@ -119,6 +121,8 @@ class Stored:
             stored = self.leaf(path)
             problems += self._problems(path, leaf, [leaf] if cast else [stored, param])
             by_item.setdefault(path[0], {})[path[1:]] = as_stored(leaf, stored)
+        if not sources:
+            problems += [f"pass that part alone, like[{k!r}]" for k in self._above(wanted, name)]
         self.refuse(problems)
         loaded: dict[KeyPath, Any] = {
             (item, *path): value
@@ -214,14 +218,26 @@ class Stored:
         nodes = swapped or list(found)
         if name is not None:
             nodes = [node for node in found if set(name.split("/")) <= set(node)]
+            if found and not nodes:
+                raise ValueError(
+                    f"name={name!r} is no average of checkpoint {self.path}. Pass what tells them "
+                    f"apart in: {', '.join('/'.join(node) for node in found)}."
+                )
         exported = set(self.items) == {"params", DIGESTS}
         if nodes or (exported and name is None):
             return nodes
         raise ValueError(
-            f"checkpoint {self.path} holds no average{f' named {name!r}' if name else ''}. It has "
+            f"checkpoint {self.path} holds no average. It has "
             f"{', '.join(sorted({'/'.join(path[:2]) for path in index}))}. Save the opt_state of a "
             "chain with emaopt.ema in it."
         )
+
+    def _above(self, wanted: Collection[KeyPath], name: str | None) -> list[str]:
+        """The keys below which `like` has leaves of the checkpoint, as Linen's variables do."""
+        below = {path[:1]: [p[1:] for p in wanted if p[:1] == path[:1]] for path in wanted}
+        return [
+            key[0] for key, names in below.items() if len(self.averages(names, name)) == len(names)
+        ]
 
     def _problems(self, path: KeyPath, leaf: Any, allowed: list) -> list[str]:
         item, keys = path[0], path[1:]

@@ -22,6 +22,12 @@ class Checkpoint:
         names = sorted(os.path.basename(file).removesuffix(".index") for file in found)
         known = f"It has {names}." if names else ""
         self.prefix = self.tf.train.latest_checkpoint(path) if directory == path else path
+        orbax = (os.path.join(path, *sub, "_CHECKPOINT_METADATA") for sub in ((), ("*",)))
+        if not names and any(map(self.tf.io.gfile.glob, orbax)):
+            raise ValueError(
+                f"path={path!r} is of Orbax. Call emaopt.checkpoint.resume or restore_averages, or "
+                "emaopt convert."
+            )
         if self.prefix is None:
             raise ValueError(
                 f"path={path!r} has no file 'checkpoint' that names its newest one. Pass a prefix, "
