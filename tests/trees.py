@@ -1,8 +1,10 @@
-"""Parameter trees with the shapes of known networks, and a step of any parameters."""
+"""Parameter trees with the shapes of known networks, and the steps of any parameters."""
 
 import jax
 import jax.numpy as jnp
 import optax
+
+import emaopt
 
 
 def _conv_and_norm(name, size, inputs, outputs):
@@ -42,6 +44,32 @@ def _vit_b():
 
 RESNET50 = _resnet50()  # 25.6 million in 161 leaves
 VIT_B = _vit_b()  # 86.6 million in 152 leaves
+
+OPTIMIZERS = {
+    "gradient_descent": emaopt.gradient_descent(0.1),
+    "momentum": emaopt.momentum(0.1, 0.9),
+    "nesterov": emaopt.momentum(0.1, 0.9, use_nesterov=True),
+    "adagrad": emaopt.adagrad(0.1),
+    "adadelta": emaopt.adadelta(0.1),
+    "adam": emaopt.adam(0.001),
+    "ftrl": emaopt.ftrl(0.1),
+    "rmsprop": emaopt.rmsprop(0.1, momentum=0.9),
+    "rmsprop_centered": emaopt.rmsprop(0.1, momentum=0.9, centered=True),
+}
+PLACES = {
+    "alone": lambda tx: tx,
+    "clip": lambda tx: optax.chain(emaopt.clip_by_global_norm(1.0), tx),
+    "ema": lambda tx: optax.chain(tx, emaopt.ema(0.999)),
+    "both": lambda tx: optax.chain(
+        emaopt.clip_by_global_norm(1.0), tx, emaopt.ema(emaopt.warmup(0.999))
+    ),
+}
+
+
+def one_of_each_kind(shapes):
+    """The largest kinds of leaves, once: of each rank and each size of a convolution."""
+    names = {(len(shape), shape[:-2]): name for name, shape in shapes.items()}
+    return {name: shapes[name] for name in names.values()}
 
 
 def abstract(shapes, dtype=jnp.float32):

@@ -1,0 +1,102 @@
+"""What a training step is compiled to for a GPU and a TPU: one kernel per leaf, nothing copied.
+
+Of the compiled program, without a device: `pip install "jax[cuda13-local,tpu]"`.
+"""
+
+import itertools
+
+import deviceless
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import trees
+from trees import OPTIMIZERS, PLACES, step_of
+
+import emaopt
+
+
+TARGETS = [
+    pytest.param(target, marks=pytest.mark.skipif(bool(why), reason=why))
+    for target, why in ((target, deviceless.missing(target)) for target in deviceless.NEEDS)
+]
+each_target = pytest.mark.parametrize("target", TARGETS)
+
+SMALL = {"kernel": (3, 3, 64, 64), "bias": (64,)}
+TREES = {"small": SMALL, "resnet_like": trees.one_of_each_kind(trees.RESNET50)}
+EVERYWHERE = list(itertools.product(["small"], OPTIMIZERS, PLACES))
+BIG = [("resnet_like", "momentum", "ema"), ("resnet_like", "adam", "both")]
+
+
+def size(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def step_for(target, tx, params):
+    """The compiled step, and what is carried from step to step."""
+    carry = params, jax.eval_shape(tx.init, params)
+    return deviceless.compiled(step_of(tx), target, carry, params), carry
+
+
+@each_target
+@pytest.mark.parametrize(("tree", "name", "place"), EVERYWHERE + BIG)
+def test_a_step_is_one_kernel_per_leaf_in_place(target, tree, name, place):
+    params = trees.abstract(TREES[tree])
+    step, carry = step_for(target, PLACES[place](OPTIMIZERS[name]), params)
+    clips, averages = place in ("clip", "both"), place in ("ema", "both")
+
+    state = range(len(jax.tree.leaves(carry)))
+    assert step.aliases == dict(zip(state, state, strict=True))
+    assert step.copies == 0
+    assert step.temporaries < 100_000
+
+    # XLA for TPU computes the new accum_update in a kernel of its own
+    split = target == "tpu" and name == "adadelta" and averages
+    kernels = len(params) * (2 if split else 1)
+    least = 2 * size(carry) + size(params)
+    if clips:  # a norm of each leaf, for GPU in one or two kernels, and their sum
+        kernels += len(params) * (2 if target == "gpu" else 1) + 2
+        least += size(params)
+    assert step.kernels <= kernels
+    if not split:
+        assert step.traffic <= 1.005 * least
+
+    if target == "gpu" and not clips:  # the steps; Adam's powers, each read before it is written
+        assert step.scalars <= 2 + (5 if name == "adam" else 0)
+
+
+@each_target
+def test_parameters_of_two_bytes_are_rounded_before_they_are_averaged(target):
+    params = trees.abstract(SMALL, jnp.bfloat16)
+    step, _ = step_for(target, PLACES["ema"](OPTIMIZERS["momentum"]), params)
+    assert step.kernels == len(params)
+    assert step.hlo.count(" reduce-precision(") >= len(params)
+
+
+@each_target
+def test_a_shadow_that_is_rounded_by_chance_needs_no_pass_more(target):
+    params = trees.abstract(SMALL)
+    ema = emaopt.ema(0.999, accumulator_dtype=emaopt.stochastic())
+    step, carry = step_for(target, optax.chain(OPTIMIZERS["momentum"], ema), params)
+    assert step.traffic <= 1.005 * (2 * size(carry) + size(params))
+    # XLA for TPU numbers the rows of a matrix beforehand, on the chip
+    rows = sum(x.ndim > 1 for x in params.values()) if target == "tpu" else 0
+    assert step.kernels <= len(params) + rows
+
+
+@each_target
+@pytest.mark.parametrize("place", ["ema", "both"])
+def test_a_packed_step_has_as_many_kernels_for_any_number_of_leaves(target, place):
+    def kernels(number):
+        params = {f"{i:02}": jax.ShapeDtypeStruct((200,), jnp.float32) for i in range(number)}
+        packed = jax.eval_shape(emaopt.pack, params)
+        return step_for(target, PLACES[place](OPTIMIZERS["momentum"]), packed)[0].kernels
+
+    assert kernels(10) == kernels(20) <= (1 if place == "ema" else 4)
+
+
+@each_target
+def test_compiling_for_another_device_leaves_jax_on_the_cpu(target):
+    deviceless.compiled(lambda x: x + 1, target, jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert {x.platform for x in jax.devices()} == {"cpu"}
+    assert len(jax.devices()) == 8
