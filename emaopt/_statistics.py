@@ -36,8 +36,8 @@ def recalibrate(
     The layer's momentum does not matter. A new statistic is `momentum * old + (1 - momentum) * own`
     and three passes over the first batch, each from other old ones, tell the momentum. Every other
     batch is passed once. Frozen statistics are kept; integers, booleans and keys are what `forward`
-    makes of them. What else `forward` does to a leaf is refused. A layer that divides what it stores
-    by `1 - momentum**count`, as Equinox's does, is to have its count set to 0 (docs/frameworks.md).
+    makes of them. What else `forward` does to a leaf is refused. Of a layer that divides what it
+    stores by `1 - momentum**count`, as Equinox's does, set the count to 0: docs/frameworks.md.
 
     The mean, as in PyTorch's `update_bn`, is of the variances within the batches.
     Izmailov et al., arXiv:1803.05407.
