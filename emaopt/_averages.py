@@ -190,13 +190,14 @@ def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
     if not found:
         raise ValueError(
             "opt_state holds no average. Put emaopt.ema(decay) last in the optax.chain, and pass "
-            "the state that belongs to that chain (of an nnx.Optimizer: optimizer.opt_state)."
+            "the state that belongs to that chain, after params (of an nnx.Optimizer: "
+            "optimizer.opt_state)."
         )
     if name is None:
         return found
     if name not in found:
         raise ValueError(
-            f"name={name!r} is not an average.{did_you_mean(name, found)} "
+            f"name={name!r} is not an average.{did_you_mean(str(name), found)} "
             f"Pass one of: {_listed(found)}."
         )
     return {name: found[name]}
@@ -228,6 +229,11 @@ def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> lis
                 "nnx.merge(nnx.graphdef(model), averages)."
             )
     found = [stored.get(path, (None, None)) for path in paths]
+    if jax.tree.leaves(params) and all(shadow is None for shadow, _ in found):
+        raise ValueError(
+            f"opt_state averages no leaf of params: the mask of {_listed(chosen)} leaves out "
+            f"{_quoted(paths)}. Pass a mask that is true somewhere."
+        )
     for path, p, (shadow, _) in zip(paths, _leaves(params), found, strict=True):
         if shadow is not None:
             check_shape("/".join(path), **{"the average": shadow, "params": p})

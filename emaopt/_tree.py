@@ -85,7 +85,8 @@ def check_floating(name: str, tree: Tree) -> None:
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             raise ValueError(
                 f"{name} has dtype {jnp.result_type(x)} at leaf {leaf!r}; an optimizer needs "
-                "floating-point numbers. Leave it out: optax.masked(optimizer, mask)."
+                "floating-point numbers. Pass parameters alone (nnx.state(model, nnx.Param), "
+                'variables["params"]), or leave it out: optax.masked(optimizer, mask).'
             )
 
 

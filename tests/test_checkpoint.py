@@ -569,7 +569,7 @@ MISTAKES = {
     "step to resume": (lambda p: resumed(p, step=5), r"step=5 is not in .*\[1, 2, 3\]"),
     "name": (
         lambda p: checkpoint.restore_averages(p, PARAMS, name="slow"),
-        r"holds no average named 'slow'",
+        r"name='slow' is no average of checkpoint .*/2",
     ),
     "other optimizer": (
         lambda p: resumed(p, opt_state=optax.chain(emaopt.adam(0.1), average).init(PARAMS)),
