@@ -9,6 +9,7 @@ from ._averages import (
     average as average,
     averages as averages,
     describe as describe,
+    on_host as on_host,
     stacked as stacked,
     swap as swap,
 )

@@ -22,8 +22,10 @@ from ._tree import (
     beside,
     check_array,
     check_shape,
+    in_memory,
     is_inexact,
     leaf_names,
+    stay,
     tree_map,
     wide,
     zip_leaves,
@@ -100,6 +102,7 @@ def moving_average(
 
     def update(values, state, num_updates=None):
         _check_state(state, compensated, ledger)
+        before, state = state, jax.tree.map(in_memory, state)
         step = jnp.asarray(optax.safe_increment(state.step))
         rate = decay.rate(step if num_updates is None else num_updates)
         residue = state.residue if compensated else jax.tree.map(lambda _: None, state.shadow)
@@ -113,7 +116,8 @@ def moving_average(
         ]
         shadow, residue = (treedef.unflatten(leaf[i] for leaf in leaves) for i in range(2))
         record = advance(state.ledger, rate, _share(leaf[2] for leaf in leaves)) if ledger else None
-        return EmaState(step, shadow, residue if compensated else None, record)
+        after = EmaState(step, shadow, residue if compensated else None, record)
+        return jax.tree.map(stay, before, after)
 
     return MovingAverage(init, update)
 

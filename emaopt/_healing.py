@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import optax
 
 from ._ema import EmaState
-from ._tree import Tree, apply_update, beside, is_inexact, is_none, leaf_paths, tree_map
+from ._tree import (
+    Tree,
+    apply_update,
+    beside,
+    in_memory,
+    is_inexact,
+    is_none,
+    leaf_paths,
+    stay,
+    tree_map,
+)
 
 
 class HealState(NamedTuple):
@@ -50,7 +60,10 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
         healed = _by_path(state.healed)
 
         def mend(before, after):
-            return _mend(before, after, values, healed) if _is_average(after) else after
+            if not _is_average(after):
+                return after
+            near, mended = (jax.tree.map(in_memory, state) for state in (before, after))
+            return jax.tree.map(stay, before, _mend(near, mended, values, healed))
 
         mended = jax.tree.map(mend, state.state, new, is_leaf=_is_average)
         return updates, HealState(_unflatten(state.healed, healed), mended)

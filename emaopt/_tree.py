@@ -150,6 +150,16 @@ def beside(params: Tree, x: jax.Array) -> jax.Array:
     return x
 
 
+def in_memory(x, space: Any = jax.memory.Space.Device):
+    """A leaf in that memory: of its devices, to compute with, or of the host."""
+    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+
+
+def stay(before, after):
+    """A leaf computed from one that may be in the memory of the host, where that one is."""
+    return in_memory(after, jax.typeof(before).memory_space)
+
+
 def apply_update(p, u):
     """One parameter after its update, rounded as `optax.apply_updates` rounds it.
 

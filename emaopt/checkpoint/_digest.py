@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._tree import in_memory
+
 
 DIGESTS = "digests"
 AT_ONCE = 2**22  # elements of an array on the host that are copied to a device
@@ -51,7 +53,7 @@ def _hashable(leaf: Any) -> Any:
     """A leaf as something that jit takes without losing a bit."""
     if isinstance(leaf, jax.Array):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.random.key_data(leaf) if is_key else leaf
+        return jax.random.key_data(leaf) if is_key else in_memory(leaf)
     x = np.frombuffer(leaf.encode(), np.uint8) if isinstance(leaf, str) else np.asarray(leaf)
     if x.dtype.itemsize < 8:
         return x
