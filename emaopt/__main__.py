@@ -82,18 +82,14 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
 
     def command(**arguments):
-        try:
+        with _one_line(demo, "demo"):
             from emaopt.demo import run
 
-            run(**arguments)
-        except ModuleNotFoundError as error:
-            extra = "tensorboard" if error.name == "tensorboardX" else "demo"
-            sys.exit(f'emaopt demo: {error.name} is not installed. pip install "emaopt[{extra}]"')
-        except argparse.ArgumentError as error:
-            demo.error(str(error))
-        except KeyboardInterrupt:
-            print("\nemaopt demo: interrupted. With --resume it continues.", file=sys.stderr)
-            sys.exit(130)
+            try:
+                run(**arguments)
+            except KeyboardInterrupt:
+                print("\nemaopt demo: interrupted. With --resume it continues.", file=sys.stderr)
+                raise
 
     demo.set_defaults(command=command)
 
@@ -119,7 +115,7 @@ def _add_ls(commands: argparse._SubParsersAction) -> None:
     ls.add_argument("--json", action="store_true", dest="as_json", help="for machines")
 
     def command(**arguments):
-        with _checkpoint_errors(ls):
+        with _one_line(ls):
             from emaopt.listing import show
 
             show(**arguments)
@@ -173,13 +169,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
 
     def command(**arguments):
-        with _checkpoint_errors(convert):
-            try:
-                from emaopt.convert import convert as run
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    f'{error.name} is not installed. pip install "emaopt[tf1]"'
-                ) from None
+        with _one_line(convert, "tf1"):
+            from emaopt.convert import convert as run
+
             run(**arguments)
 
     convert.set_defaults(command=command)
@@ -250,15 +242,10 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
     synthesize.add_argument("--json", action="store_true", dest="as_json", help="for machines")
 
     def command(**arguments):
-        with _checkpoint_errors(synthesize):
-            try:
-                from emaopt.synthesize._command import command as run
+        with _one_line(synthesize, "posthoc"):
+            from emaopt.synthesize._command import command as run
 
-                run(**arguments)
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    f'{error.name} is not installed. pip install "emaopt[posthoc]"'
-                ) from None
+            run(**arguments)
 
     synthesize.set_defaults(command=command)
 
@@ -289,15 +276,10 @@ def _add_diff(commands: argparse._SubParsersAction) -> None:
 
     def command(a, b, as_json):
         differs = False
-        with _checkpoint_errors(diff):
+        with _one_line(diff, "tf1"):
             from emaopt.diff import compare, show
 
-            try:
-                found = compare(a, b)
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    f'{error.name} is not installed. pip install "emaopt[tf1]"'
-                ) from None
+            found = compare(a, b)
             differs = not found.equal
             show(found, a, b, as_json)
         if differs:
@@ -307,8 +289,8 @@ def _add_diff(commands: argparse._SubParsersAction) -> None:
 
 
 @contextmanager
-def _checkpoint_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """What is wrong with a checkpoint gets one line."""
+def _one_line(parser: argparse.ArgumentParser, extra: str = "") -> Iterator[None]:
+    """What is wrong gets one line; a missing package, the name of the extra that has it."""
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     try:
@@ -316,7 +298,11 @@ def _checkpoint_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        extra = "tensorboard" if error.name == "tensorboardX" else extra
+        install = f'{error.name} is not installed. pip install "emaopt[{extra}]"'
+        parser.error(install if extra else str(error))
+    except (ValueError, OSError, argparse.ArgumentError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)

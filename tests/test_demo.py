@@ -263,15 +263,18 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "emaopt.demo")
     monkeypatch.delattr(emaopt, "demo")
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(SystemExit, match=r'pip install "emaopt\[demo\]"'):
+    with pytest.raises(SystemExit, match="2"):
         main(["demo"])
+    assert 'tqdm is not installed. pip install "emaopt[demo]"' in capsys.readouterr().err
 
 
-def test_without_tensorboardx_nothing_is_made(tmp_path, monkeypatch):
+def test_without_tensorboardx_nothing_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r'tensorboardX is .* pip install "emaopt\[tensorboard\]"'):
+    with pytest.raises(SystemExit, match="2"):
         main(["demo", "--tensorboard", "logs"])
+    told = 'tensorboardX is not installed. pip install "emaopt[tensorboard]"'
+    assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
