@@ -17,6 +17,12 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 
+jax.config.update("jax_platforms", "cpu")
+os.environ |= {
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # CUDA itself is not needed
+    "TPU_SKIP_MDS_QUERY": "1",  # no network
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # as many tests as there are workers
+}
 H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -52,8 +58,6 @@ def device(target: str):
     if target == "gpu":
         described = {"topology": "1x1x1", "target_config": H100}
         return topologies.get_topology_desc(platform="cuda", **described).devices[0]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no network
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # as many tests as there are workers
     return topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
 
 

@@ -66,8 +66,14 @@ PLACES = {
 }
 
 
+def each_shape_once(shapes):
+    """The last leaf of each shape."""
+    names = {shape: name for name, shape in shapes.items()}
+    return {name: shape for shape, name in names.items()}
+
+
 def one_of_each_kind(shapes):
-    """The largest kinds of leaves, once: of each rank and each size of a convolution."""
+    """The last leaf of each rank and each size of a convolution."""
     names = {(len(shape), shape[:-2]): name for name, shape in shapes.items()}
     return {name: shapes[name] for name in names.values()}
 
