@@ -280,6 +280,7 @@ def copy(run):
 
 def assert_bitwise(got, expected):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        a = jnp.asarray(a) if isinstance(a, int) else a
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
