@@ -193,11 +193,11 @@ def _contents(app, document, source):
 
 
 def _linked(app, document):
-    """`emaopt.name` becomes a link, and the names in the first column of the README's tables."""
+    """`emaopt.name` becomes a link, and the names in the first column of the overview's tables."""
     from docutils import nodes
     from sphinx.addnodes import pending_xref
 
-    names = targets("emaopt") if app.env.docname == root_doc else {}
+    names = targets("emaopt") if app.env.docname == "docs/overview" else {}
     for literal in list(document.findall(nodes.literal)):
         code = literal.astext()
         cell = literal.parent.parent
