@@ -33,8 +33,9 @@ from ._tree import (
 def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
     """The averaged parameters, to evaluate with: like `params`, in the dtypes of `params`.
 
-    A leaf that has no average (`optax.masked`) is that of `params`. With several averages in the
-    state, `name` is one of the keys of `averages(opt_state)`. TF1's `ema.average`.
+    A leaf that has no average is that of `params`: one that `optax.masked` left out, or what else
+    is in a whole NNX or Equinox model (docs/frameworks.md). With several averages in the state,
+    `name` is one of the keys of `averages(opt_state)`. TF1's `ema.average`.
 
     >>> import emaopt
     >>> state = emaopt.ema(0.5).init({"w": jnp.array([1.0])})
