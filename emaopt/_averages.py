@@ -17,6 +17,7 @@ from ._tree import (
     Params,
     State,
     Tree,
+    check_array,
     check_shape,
     did_you_mean,
     in_memory,
@@ -282,6 +283,8 @@ def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> lis
                 )
             stored[path] = shadow, residues.get(path)
     paths = leaf_paths(params)
+    if paths == [()] and params is not None:
+        check_array("", params, "params")  # an NNX module may be no pytree
     _check_there(set(stored), paths)
     for places in shared_paths(params):
         if len({path in stored for path in places}) == 2:

@@ -336,11 +336,16 @@ def test_averages_are_in_the_dtype_and_the_place_of_their_parameters(example):
 TX = optax.chain(optax.sgd(0.5), emaopt.ema(0.5))
 
 
-def optimized(model, wrt=nnx.Param):
+def optimized(model, optimizer=None):
     """With an optimizer that has made a step: every parameter is 0.5 less, its average 0.25."""
-    optimizer = nnx.Optimizer(model, TX, wrt=wrt)
-    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, wrt)))
+    optimizer = optimizer or nnx.Optimizer(model, TX, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
     return model, optimizer
+
+
+class NoPytree(nnx.Module, pytree=False):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(2))
 
 
 class Tied(nnx.Module):
@@ -375,7 +380,7 @@ STATE = TrainState.create(apply_fn=None, params=VARIABLES["params"], tx=TX)
 MODULE, STATISTICS = eqx.nn.make_with_state(eqx.nn.BatchNorm)(2, "batch", mode="batch")
 BELOW = "params has the leaves that opt_state averages below '{}'. Pass that part"
 IN_TWO = "params has one Variable in several places, 'decode/kernel', 'encode/kernel',.*nnx.state"
-NO_ARRAY = r"params has 'batch' at leaf 'axis_name', which is no array.*eqx.filter\(model"
+NO_ARRAY = r"params has a str at leaf 'axis_name', which is no array.*eqx.filter\(model"
 MISTAKES = {
     "train state": (lambda: emaopt.average(STATE, STATE.opt_state), BELOW.format("params")),
     "variables": (lambda: emaopt.average(VARIABLES, STATE.opt_state), BELOW.format("params")),
@@ -395,6 +400,14 @@ MISTAKES = {
     ),
     "tied weights": (lambda: emaopt.average(*optimized(Tied())), IN_TWO),
     "tied weights, swapped": (lambda: emaopt.swap(*optimized(Tied())), IN_TWO),
+    "a module that is no pytree": (
+        lambda: emaopt.average(*optimized(NoPytree())),
+        r"params has a NoPytree at leaf '', which is no array.*nnx.state\(model, nnx.Param\)",
+    ),
+    "training on a swapped model": (
+        lambda: optimized(*emaopt.swap(*optimized(nnx.Linear(2, 2, rngs=nnx.Rngs(0))))),
+        "opt_state is swapped.*before training on",
+    ),
     "a whole Equinox module": (lambda: emaopt.ema(0.5).init(MODULE), NO_ARRAY),
     "a whole Equinox module, optimized": (lambda: emaopt.momentum(0.1, 0.9).init(MODULE), NO_ARRAY),
 }
