@@ -6,12 +6,13 @@ constant value bitwise constant, and the rate near 0 keeps its precision (see `_
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from ._ledger import advance, start as start_ledger
 from ._rounding import Accumulator, add, add_stochastically, as_accumulator
@@ -60,15 +61,24 @@ class SwappedEmaState(NamedTuple):
     ledger: Tree = None
 
 
+class _Update(Protocol):
+    def __call__(
+        self, values: Tree, state: EmaState, num_updates: ArrayLike | None = None
+    ) -> EmaState: ...
+
+
 class MovingAverage(NamedTuple):
     """`init(values) -> EmaState`, `update(values, state, num_updates=None) -> EmaState`."""
 
     init: Callable[..., EmaState]
-    update: Callable[..., EmaState]
+    update: _Update
 
 
 def moving_average(
-    decay: DecayLike, *, accumulator_dtype: Any = None, ledger: bool = False
+    decay: DecayLike,
+    *,
+    accumulator_dtype: DTypeLike | Accumulator | None = None,
+    ledger: bool = False,
 ) -> MovingAverage:
     """The average of any pytree of values: `shadow -= (shadow - value) * (1 - decay(t))`.
 
@@ -226,7 +236,7 @@ def ema(
     decay: DecayLike,
     *,
     sequential_update: bool = True,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | Accumulator | None = None,
     ledger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The average of the parameters, as the last link of an `optax.chain`.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Accumulator:
     rounding: str = "nearest"
 
 
-def compensated(dtype: Any = jnp.float32) -> Accumulator:
+def compensated(dtype: DTypeLike = jnp.float32) -> Accumulator:
     """An `accumulator_dtype` that loses nothing: what rounding took is kept and added next time.
 
     The state has a `residue` beside the shadow, of the same dtype: float32 takes 8 bytes per
@@ -35,7 +36,7 @@ def compensated(dtype: Any = jnp.float32) -> Accumulator:
     return Accumulator(_floating("compensated", dtype), "compensated")
 
 
-def stochastic(dtype: Any = jnp.bfloat16) -> Accumulator:
+def stochastic(dtype: DTypeLike = jnp.bfloat16) -> Accumulator:
     """An `accumulator_dtype` of 2 bytes per parameter whose rounding is right on average.
 
     Up with the probability with which the value lies there between its two neighbours, so that
@@ -55,7 +56,7 @@ def stochastic(dtype: Any = jnp.bfloat16) -> Accumulator:
     return Accumulator(dtype, "stochastic")
 
 
-def as_accumulator(accumulator_dtype: Any) -> Accumulator:
+def as_accumulator(accumulator_dtype: DTypeLike | Accumulator | None) -> Accumulator:
     """What the argument `accumulator_dtype` means: a dtype is rounded to nearest."""
     if accumulator_dtype is None or isinstance(accumulator_dtype, Accumulator):
         return accumulator_dtype or Accumulator()

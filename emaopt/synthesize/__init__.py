@@ -63,10 +63,12 @@ class Run:
         steps = sorted(step for step in found if at is None or step <= at)
         stored = {step: Stored(found[step]) for step in steps}
         everything = {step: list(_snapshots(stored[step])) for step in steps}
-        self.newest = stored[steps[-1]]
-        self.sources = _sources([s for each in everything.values() for s in each], sources)
-        self.names = _names(self.sources)
-        self.snapshots = []
+        self.newest: Stored = stored[steps[-1]]
+        self.sources: dict[KeyPath, Source] = _sources(
+            [s for each in everything.values() for s in each], sources
+        )
+        self.names: dict[KeyPath, str] = _names(self.sources)
+        self.snapshots: list[_Snapshot] = []
         for each in everything.values():
             used = [s for s in each if s.node in self.sources]
             if len({s.updates for s in used}) > 1:
@@ -76,8 +78,8 @@ class Run:
                     "Pass a source for those that go together"
                 )
             self.snapshots += used
-        self.steps = sorted({s.updates for s in self.snapshots})
-        self.at = self.snapshots[-1].updates
+        self.steps: list[int] = sorted({s.updates for s in self.snapshots})
+        self.at: int = self.snapshots[-1].updates
         self.groups: dict[tuple[int, ...], list[KeyPath]] = {}
         averaged = {leaf for s in everything[steps[-1]] for leaf in s.paths}
         if lost := averaged - params_in(self.newest.index()).keys():
