@@ -5,11 +5,13 @@ What each transformation compiles to is in test_sharding.py; here is a network w
 
 import collections
 import functools
+import json
 import re
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ CASES = [
 each_mesh = pytest.mark.parametrize(
     ("name", "kind"), CASES, ids=[f"{name}-{kind.name.lower()}" for name, kind in CASES]
 )
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BARE = optax.stateless(lambda updates, params: updates)
 
 
@@ -289,3 +292,33 @@ def test_a_backend_that_keeps_nothing_on_the_host_is_an_error(backend, monkeypat
     message = r"opt_state cannot be on the host: the cpu backend .* of its memories .*device.*Leave"
     with pytest.raises(ValueError, match=message):
         emaopt.on_host(state)
+
+
+# ---- on paper -----------------------------------------------------------------------------------
+
+
+def test_the_paper_calculation_is_what_xla_says_of_64_devices():
+    cases = ["adam, float32", "rmsprop, stochastic", "momentum, host"]
+    script = (
+        "import json, scale\n"
+        f"cases = [case.split(', ') for case in {cases}]\n"
+        "print(json.dumps(scale.measure(scale.decoder(), cases)))"
+    )
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert list(found) == cases
+    for case in found.values():
+        paper, program = case["paper"], case["compiled"]
+        assert_counted(paper, program)
+        assert program["arguments"] == paper["held"] + paper["gradients"]
+    host = found["momentum, host"]
+    assert_counted(host["paper"]["update"], host["compiled"]["update"])
+
+
+def assert_counted(paper, program):
+    assert program["held"] == paper["held"]
+    assert program["sent"] == paper["sent"]
+    assert program["loops"] == pytest.approx(paper["loops"], rel=1e-6)
+    assert program["temporary"] < 10_000
