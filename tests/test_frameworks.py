@@ -305,6 +305,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(example):
     assert_bitwise(example.step(copy(resumed)), example.step(copy(example.run)))
 
 
+def test_the_averages_are_read_without_an_optimizer(example):
+    params, opt_state, _ = example.parts(example.run)
+    got = checkpoint.restore_averages(example.names.run, like=params)
+    assert_bitwise(got, emaopt.average(params, opt_state))
+
+
 def test_a_step_takes_over_the_buffers_and_neither_it_nor_an_evaluation_is_compiled_again(
     example, caplog
 ):
