@@ -1,4 +1,4 @@
-"""The guides, the notebooks and the reference as one site: `sphinx-build -W -c docs . site`.
+"""The guides, the notebooks and the reference as one site: `sphinx-build -W -c docs . site/html`.
 
 The sources stand where GitHub shows them: the README is the front page, and every link between
 them works here and there. Docstrings are plain text with `code` and examples; `rst` makes of them
@@ -45,33 +45,44 @@ highlight_language = "none"
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
-CONTENTS = """
+CONTENTS = {
+    root_doc: """
 ```{toctree}
 :hidden:
 :glob:
 :caption: Guides
+docs/overview
+docs/averaging
+docs/frameworks
+docs/checkpoints
 docs/*
+notebooks/README
 ```
 ```{toctree}
 :hidden:
 :caption: Reference
 docs/api/index
-```
-```{toctree}
-:hidden:
-:glob:
-:caption: Notebooks
-notebooks/*
-```
-```{toctree}
-:hidden:
-:glob:
-:caption: Project
+benchmarks/README
 CHANGELOG
 CONTRIBUTING
-benchmarks/*
 ```
-"""
+""",
+    "notebooks/README": """
+```{toctree}
+:hidden:
+:glob:
+first_steps
+*
+```
+""",
+    "benchmarks/README": """
+```{toctree}
+:hidden:
+:glob:
+*
+```
+""",
+}
 COMMANDS = {"__main__", "convert", "demo", "diff", "listing"}  # rooms of the command line
 
 
@@ -186,9 +197,8 @@ def _signature(app, what, name, obj, options, signature, returns):
 
 def _contents(app, document, source):
     del app
-    if document == root_doc:
-        source[0] += CONTENTS
-    elif document.startswith("benchmarks/") and not source[0].startswith("# "):
+    source[0] += CONTENTS.get(document, "")
+    if document.startswith("benchmarks/") and not source[0].startswith("# "):
         source[0] = f"# {document}\n\n{source[0]}"  # a table alone
 
 
