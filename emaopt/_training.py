@@ -94,7 +94,7 @@ def _cotangent(value, grad_loss):
 
 
 def _check_transformation(tx: Any) -> None:
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    if not hasattr(tx, "init"):
         raise ValueError(
             f"tx is a {type(tx).__name__}, not a gradient transformation. Pass what a call made, "
             "such as optax.chain(...) or emaopt.adam()."
