@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import trees
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from trees import OPTIMIZERS, PLACES, step_of
 
 import emaopt
@@ -149,6 +150,24 @@ def test_a_step_compiles_once_and_scans(name, place):
     scanned, _ = jax.lax.scan(lambda c, _: (step(c, params), None), first, length=2)
     for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(carry), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["ema", "both"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_of_sharded_parameters_sends_one_norm_at_most(name, place):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    tx, params = PLACES[place](OPTIMIZERS[name]), {"kernel": (16, 4), "bias": (8,)}
+    put = lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, P("x") if x.shape else P())
+    )
+    params = jax.tree.map(put, trees.abstract(params))
+    carry = params, jax.tree.map(put, jax.eval_shape(tx.init, params))
+    step = compile_donated(step_of(tx), carry, params)
+    for after, before in zip(*map(jax.tree.leaves, (step.output_shardings, carry)), strict=True):
+        assert after.is_equivalent_to(before.sharding, before.ndim)
+    sends = r"= ([^=\n]*) (?:all-|collective-|reduce-scatter|send)[\w-]*\("
+    sent = [set(re.findall(r"\w+\[[^\]]*\]", types)) for types in re.findall(sends, step.as_text())]
+    assert sent == [{"f32[]"}] * (place in ("clip", "both"))
 
 
 def test_the_sum_of_a_global_norm_is_computed_once():
