@@ -74,7 +74,7 @@ def main() -> None:
     if absent:
         sys.exit(f'{"; ".join(absent)}: pip install "jax[cuda13-local,tpu]"')
     for target in DEVICES:
-        deviceless.device(target)  # once, before there are threads
+        deviceless.devices(target)  # once, before there are threads
     cells = list(itertools.product(DEVICES, ROWS, trees.PLACES))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         each = pool.map(lambda cell: facts(cell[0], *cell[1], cell[2]), cells)

@@ -53,12 +53,12 @@ def missing(target: str) -> str:
 
 
 @functools.cache
-def device(target: str):
-    """A device to compile for."""
+def devices(target: str) -> list:
+    """Four devices to compile for."""
     if target == "gpu":
-        described = {"topology": "1x1x1", "target_config": H100}
-        return topologies.get_topology_desc(platform="cuda", **described).devices[0]
-    return topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+        described = {"topology": "1x1x4", "target_config": H100}
+        return topologies.get_topology_desc(platform="cuda", **described).devices
+    return topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
 
 
 class Compiled(NamedTuple):
@@ -79,15 +79,12 @@ class Compiled(NamedTuple):
 
 
 def compiled(step, target: str, *arguments) -> Compiled:
-    """A step for abstract arguments, the first of them donated."""
-    here = SingleDeviceSharding(device(target))
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments
-    )
-    options = (
-        {"xla_backend_optimization_level": 0} if target == "gpu" else {}
-    )  # of kernels' insides
-    lowered = jax.jit(step, donate_argnums=0).lower(*placed)
+    """A step for abstract arguments, the first of them donated; on one device if not sharded."""
+    one = SingleDeviceSharding(devices(target)[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one)
+    lowered = jax.jit(step, donate_argnums=0).lower(*jax.tree.map(place, arguments))
+    # no time for the insides of kernels; TPU has no such option
+    options = {"xla_backend_optimization_level": 0} if target == "gpu" else {}
     return read(lowered.compile(compiler_options=options).as_text())
 
 
@@ -98,14 +95,15 @@ class _Array(NamedTuple):
 
 
 _NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-_BYTES = {"pred": 1, "bf16": 2}
+_FETCHES = {"copy-start", "slice-start"}
+_PASSES = _NO_WORK | _FETCHES | {"copy-done", "slice-done"}
 
 
 def _arrays(written: str) -> list[_Array]:
     found = []
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", written):
         shape = [int(n) for n in dims.split(",") if n]
-        width = _BYTES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
+        width = int(re.sub(r"\D", "", dtype) or 8) // 8
         found.append(_Array(width * math.prod(shape), len(shape), "S(" not in layout))
     return found
 
@@ -121,12 +119,11 @@ def read(hlo: str) -> Compiled:
     for _, name, _, op, _, rest in lines:
         results = arrays[name]
         touched = results + [x for other in operands[name] for x in arrays[other]]
-        if op in _NO_WORK or op.endswith("-done") or '"ConcatBitcast"' in rest:
-            continue
         assert op not in ("call", "while", "conditional"), f"{op} hides what it runs"
-        if op.endswith("-start"):  # from or to the memory on the chip
+        if op in _FETCHES:  # from main memory to that on the chip, or back
             copies += all(x.main for x in results[:2])
             traffic += min(x.size for x in results[:2])
+        if op in _PASSES or '"ConcatBitcast"' in rest:
             continue
         traffic += sum(x.size for x in touched if x.main)
         copies += op == "copy" and results[0].rank > 0
@@ -143,9 +140,7 @@ def read(hlo: str) -> Compiled:
 
 def _reaching(names, operands, lines):
     """What is a result of the program: the root, and what it only passes on."""
-    passes = {
-        name for _, name, _, op, *_ in lines if op in _NO_WORK or op.endswith(("-start", "-done"))
-    }
+    passes = {name for _, name, _, op, *_ in lines if op in _PASSES}
     found, ahead = set(), list(names)
     while ahead:
         name = ahead.pop()

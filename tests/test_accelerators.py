@@ -4,6 +4,7 @@ Of the compiled program, without a device: `pip install "jax[cuda13-local,tpu]"`
 """
 
 import itertools
+import re
 
 import deviceless
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 import trees
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from trees import OPTIMIZERS, PLACES, step_of
 
 import emaopt
@@ -82,6 +84,24 @@ def test_a_shadow_that_is_rounded_by_chance_needs_no_pass_more(target):
     # XLA for TPU numbers the rows of a matrix beforehand, on the chip
     rows = sum(x.ndim > 1 for x in params.values()) if target == "tpu" else 0
     assert step.kernels <= len(params) + rows
+
+
+@each_target
+@pytest.mark.parametrize("place", ["ema", "both"])
+def test_a_step_of_sharded_parameters_sends_one_norm_at_most(target, place):
+    mesh = Mesh(deviceless.devices(target), ("x",))
+    put = lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, P("x") if x.shape else P())
+    )
+    tx = PLACES[place](OPTIMIZERS["momentum"])
+    params = jax.tree.map(put, trees.abstract({"kernel": (512, 256), "bias": (128,)}))
+    carry = params, jax.tree.map(put, jax.eval_shape(tx.init, params))
+    step = deviceless.compiled(step_of(tx), target, carry, params)
+    assert sorted(step.aliases) == list(range(len(jax.tree.leaves(carry))))
+    sends = r"= ([^=\n]*) (?:all-|collective-|reduce-scatter|send)[\w-]*(?<!-done)\("
+    sent = [re.findall(r"\w+\[[^\]]*\]", types) for types in re.findall(sends, step.hlo)]
+    assert {x for types in sent for x in types} <= {"f32[]", "f32[1]", "f32[2]"}
+    assert len(sent) == (place == "both")
 
 
 @each_target
