@@ -399,10 +399,13 @@ def test_parameters_given_to_a_step_are_used_up():
 
 
 def test_what_looks_like_a_mistake_and_is_none():
-    model, whole = Model(), jnp.bfloat16(0.5)
+    model = Model()
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
     averages = emaopt.average(nnx.state(model, nnx.Param), optimizer)
     assert emaopt.names(averages) == emaopt.names(nnx.state(model, nnx.Param))
     assert emaopt.average(PARAMS, train_state())["kernel"].shape == (2, 3)
-    assert float(emaopt.moving_average(whole).init(PARAMS).step) == 0
+    assert emaopt.moving_average(jnp.bfloat16(0.5)).init(PARAMS).step == 0
+    whole = emaopt.gradient_descent(1)  # a whole number for the learning rate
+    updates, _ = whole.update(GRADS, whole.init(PARAMS))
+    assert updates["bias"].tolist() == [-1, -1, -1]
     assert emaopt.average({}, emaopt.ema(0.9).init({})) == {}
