@@ -4,7 +4,7 @@ Some mistakes cannot be seen, and nothing here pretends to:
 
 * `ema` before the optimizer, or outside `MultiSteps` and `apply_if_finite`: a chain's state is a
   tuple, as is a pair of states that the user holds himself, and jit sorts the dict of a
-  `named_chain`. The first sentence of `ema` and "Where the average goes" in the README say where.
+  `named_chain`. The first sentence of `ema` and `docs/averaging.md` say where.
 * Raw parameters evaluated: they are a tree like any other. `docs/frameworks.md` keeps them out of
   the evaluation; checkpoints have the averages where parameters are looked for.
 * 0.001 for 0.999, or a function that counts from 0: both are decays. `profile` shows of what.
