@@ -115,7 +115,11 @@ def test_two_processes_train_what_one_does(tmp_path):
         )
         for i in range(2)
     ]
-    errors = [p.communicate(timeout=120)[1] for p in processes]
+    try:
+        errors = [p.communicate(timeout=120)[1] for p in processes]
+    finally:  # none is left waiting for the other
+        for p in processes:
+            p.kill()
     assert [p.returncode for p in processes] == [0, 0], errors[0][-2000:]
     found = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
     params, opt_state = alone()
