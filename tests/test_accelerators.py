@@ -25,7 +25,7 @@ TARGETS = [
 each_target = pytest.mark.parametrize("target", TARGETS)
 
 SMALL = {"kernel": (3, 3, 64, 64), "bias": (64,)}
-TREES = {"small": SMALL, "resnet_like": trees.one_of_each_kind(trees.RESNET50)}
+TREES = {"small": SMALL, "resnet_like": trees.each_rank_once(trees.RESNET50)}
 EVERYWHERE = list(itertools.product(["small"], OPTIMIZERS, PLACES))
 BIG = [("resnet_like", "momentum", "ema"), ("resnet_like", "adam", "both")]
 

@@ -20,8 +20,8 @@ import emaopt
 
 
 TREES = {
-    "resnet_like": trees.one_of_each_kind(trees.RESNET50) | {"scalar": ()},
-    "vit_like": trees.one_of_each_kind(trees.VIT_B),
+    "resnet_like": trees.each_rank_once(trees.RESNET50) | {"scalar": ()},
+    "vit_like": trees.each_rank_once(trees.VIT_B),
     "resnet50": trees.RESNET50,
     "vit_b": trees.VIT_B,
 }

@@ -72,9 +72,9 @@ def each_shape_once(shapes):
     return {name: shape for shape, name in names.items()}
 
 
-def one_of_each_kind(shapes):
-    """The last leaf of each rank and each size of a convolution."""
-    names = {(len(shape), shape[:-2]): name for name, shape in shapes.items()}
+def each_rank_once(shapes):
+    """The last leaf of each rank."""
+    names = {len(shape): name for name, shape in shapes.items()}
     return {name: shapes[name] for name in names.values()}
 
 
