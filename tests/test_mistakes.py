@@ -4,7 +4,8 @@ Some mistakes cannot be seen, and nothing here pretends to:
 
 * `ema` before the optimizer, or outside `MultiSteps` and `apply_if_finite`: a chain's state is a
   tuple, as is a pair of states that the user holds himself, and jit sorts the dict of a
-  `named_chain`. The first sentence of `ema` and `docs/averaging.md` say where.
+  `named_chain`. The first sentence of `ema` says where; with decay 0 a wrong place shows
+  (`docs/averaging.md`), as the last test here has it.
 * Raw parameters evaluated: they are a tree like any other. `docs/frameworks.md` keeps them out of
   the evaluation; checkpoints have the averages where parameters are looked for.
 * 0.001 for 0.999, or a function that counts from 0: both are decays. `profile` shows of what.
@@ -409,3 +410,31 @@ def test_what_looks_like_a_mistake_and_is_none():
     updates, _ = whole.update(GRADS, whole.init(PARAMS))
     assert updates["bias"].tolist() == [-1, -1, -1]
     assert emaopt.average({}, emaopt.ema(0.9).init({})) == {}
+
+
+COPY = emaopt.ema(0)
+SGD = emaopt.gradient_descent(0.1)
+# the chain; whether the average is the parameters; whether it counts the steps that were made
+PLACES = {
+    "last": (optax.chain(SGD, COPY), True, True),
+    "before the optimizer": (optax.chain(COPY, SGD), False, True),
+    "before the clipping": (optax.chain(SGD, COPY, optax.clip(0.01)), False, True),
+    "inside MultiSteps": (optax.MultiSteps(optax.chain(SGD, COPY), 2), True, True),
+    "outside MultiSteps": (optax.chain(optax.MultiSteps(SGD, 2), COPY), True, False),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_wrong_place_shows_with_decay_0(place):
+    tx, copies, counts = PLACES[place]
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    made = 0
+    for _ in range(2):
+        before = params
+        with jax.numpy_dtype_promotion("standard"):  # MultiSteps mixes integers and floats
+            params, opt_state = emaopt.apply_gradients(tx, GRADS, params, opt_state)
+        made += not jax.tree.all(jax.tree.map(jnp.array_equal, before, params))
+    (state,) = emaopt.averages(opt_state).values()
+    averaged = emaopt.average(params, opt_state)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, averaged, params)) == copies
+    assert (state.step == made) == counts
