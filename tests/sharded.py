@@ -95,7 +95,8 @@ def trained(mesh=None, kind=AxisType.Auto, tx=TX, steps=STEPS):
     step = step_of(tx, kind)
     with within(mesh, kind):
         for _ in range(steps):
-            params, opt_state, _ = step(params, opt_state, *batch)
+            params, opt_state, value = step(params, opt_state, *batch)
+            value.block_until_ready()
     return params, opt_state
 
 
