@@ -192,7 +192,7 @@ def on_host(opt_state: State) -> State:
 
     Each shard lies beside its device, which holds nothing of it between updates. An update leaves
     it there: it fetches the average, computes on the devices and writes it back, once each way over
-    the link to the host. That is too slow for every step. So call
+    the link to the host; until then the devices hold it. Too slow for every step: so call
     `jax.jit(moving_average(every(n, decay)).update)(params, state, step)` after every n steps: it
     returns at once, and the devices make the update between two steps. `average` gives arrays on
     the devices. Not inside `jit`; on CPU from jax 0.10.2 on.
