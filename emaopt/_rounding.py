@@ -123,7 +123,7 @@ def _place(shape: tuple[int, ...]) -> jax.Array:
     """The number of each element, uint32, row by row."""
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return place
 
 

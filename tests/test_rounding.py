@@ -160,6 +160,13 @@ def test_every_element_has_a_place_of_its_own():
     assert _rounding._place((2, 3, 2)).ravel().tolist() == list(range(12))
 
 
+def test_a_packed_model_may_have_more_than_four_billion_elements():
+    mean = emaopt.moving_average(0.5, accumulator_dtype=emaopt.stochastic())
+    packed = jax.ShapeDtypeStruct((2**32 + 1,), jnp.float32)
+    state = jax.eval_shape(mean.init, packed)
+    assert jax.eval_shape(mean.update, packed, state) == state
+
+
 @pytest.mark.parametrize("x", [np.inf, -np.inf])
 def test_infinity_stays_infinity(x):
     got = stochastically(jnp.full(9, x), jnp.ones(9), jnp.int32(1), 0)
