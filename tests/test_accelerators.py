@@ -104,6 +104,24 @@ def test_a_step_of_sharded_parameters_sends_one_norm_at_most(target, place):
     assert len(sent) == (place == "both")
 
 
+@pytest.mark.parametrize("target", TARGETS[1:])  # a GPU that is not there has no memory of a host
+def test_an_average_on_the_host_stays_there(target):
+    mesh = Mesh(deviceless.devices(target), ("x",))
+    place = lambda *spec: NamedSharding(mesh, P(*spec))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=place())
+    params, shadow = (
+        jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=place("x").with_memory_kind(kind))
+        for kind in ("device", "pinned_host")
+    )
+    update = jax.jit(emaopt.moving_average(0.9).update, donate_argnums=1)
+    memory = update.lower(params, emaopt.EmaState(step, shadow)).compile().memory_analysis()
+    part = 4 * 4096 * 1024 / mesh.size
+    assert memory.host_argument_size_in_bytes == part
+    assert memory.host_alias_size_in_bytes == part
+    assert memory.host_output_size_in_bytes == part
+    assert memory.output_size_in_bytes < 10_000  # the step
+
+
 @each_target
 @pytest.mark.parametrize("place", ["ema", "both"])
 def test_a_packed_step_has_as_many_kernels_for_any_number_of_leaves(target, place):
