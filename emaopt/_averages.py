@@ -223,9 +223,9 @@ def _moved(x, to_host):
     """A leaf on the host. Integers and keys are not averaged, and XLA keeps no keys there."""
     if not is_inexact(x):
         return x
-    if not is_concrete(x):
+    if not is_concrete(x) or isinstance(x, jax.ShapeDtypeStruct):
         raise ValueError(
-            "opt_state is traced, and on_host moves arrays. Call it on what jit returns: "
+            "opt_state is traced or abstract, and on_host moves arrays. Call it on what jit returns: "
             "on_host(jax.jit(tx.init)(params))."
         )
     moved = None

@@ -272,10 +272,18 @@ def test_an_average_of_no_numbers_stays():
     assert jax.tree.structure(emaopt.on_host(state)) == jax.tree.structure(state)
 
 
-def test_on_host_inside_jit_is_an_error():
-    init = jax.jit(lambda params: emaopt.on_host(emaopt.ema(0.9).init(params)))
-    with pytest.raises(ValueError, match=r"opt_state is traced.*on_host\(jax.jit\(tx.init\)"):
-        init(jnp.ones(2))
+@pytest.mark.parametrize(
+    "make",
+    [
+        jax.jit(lambda params: emaopt.on_host(emaopt.ema(0.9).init(params))),
+        lambda params: emaopt.on_host(jax.eval_shape(emaopt.ema(0.9).init, params)),
+    ],
+    ids=["inside jit", "abstract"],
+)
+def test_on_host_without_arrays_is_an_error(make):
+    message = r"opt_state is traced or abstract.*on_host\(jax.jit\(tx.init\)"
+    with pytest.raises(ValueError, match=message):
+        make(jnp.ones(2))
 
 
 def without_the_kind(monkeypatch):
