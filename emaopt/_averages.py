@@ -225,8 +225,8 @@ def _moved(x, to_host):
         return x
     if not is_concrete(x) or isinstance(x, jax.ShapeDtypeStruct):
         raise ValueError(
-            "opt_state is traced or abstract, and on_host moves arrays. Call it on what jit returns: "
-            "on_host(jax.jit(tx.init)(params))."
+            "opt_state is traced or abstract, and on_host moves arrays. Call it on what jit "
+            "returns: on_host(jax.jit(tx.init)(params))."
         )
     moved = None
     with contextlib.suppress(ValueError, jax.errors.JaxRuntimeError):
