@@ -391,6 +391,14 @@ def test_a_checkpoint_of_orbax_is_not_taken_for_one_of_tf1(path, runs):
     check(lambda: tf1.load(runs / path, PARAMS, STATE), f"path='.*{path}' is of Orbax", fix)
 
 
+def test_in_a_run_that_tf1_began_the_checkpoints_of_orbax_are_found(tmp_path):
+    (tmp_path / "model.ckpt-10.index").touch()
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 20, PARAMS, STATE)
+    averages = checkpoint.restore_averages(tmp_path, PARAMS)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, averages, PARAMS))
+
+
 def test_parameters_given_to_a_step_are_used_up():
     step = emaopt.minimize(loss, TX)
     params, opt_state = jax.tree.map(jnp.copy, (PARAMS, STATE))

@@ -57,13 +57,14 @@ def locate(path: Any, step: int | None) -> Path:
     path = Path(path)
     if not path.is_absolute():
         raise ValueError(f"path={str(path)!r} is relative. Pass an absolute path.")
-    if Path(f"{path}.index").exists() or any(path.glob("*.index")):
+    if step is None and any((path / file).exists() for file in (MARK, "_METADATA")):
+        return path
+    found = finished_steps(path)
+    if not found and (Path(f"{path}.index").exists() or any(path.glob("*.index"))):
         raise ValueError(f"path={str(path)!r} is of TF1. Call emaopt.tf1.load, or emaopt convert.")
     if not path.is_dir():
         raise FileNotFoundError(f"path={str(path)!r} is not a directory. Pass a checkpoint or run.")
-    if step is None and any((path / file).exists() for file in (MARK, "_METADATA")):
-        return path
-    return pick(finished_steps(path), step, path)
+    return pick(found, step, path)
 
 
 def pick(found: dict[int, Path], step: int | None, directory: Any) -> Path:
