@@ -149,7 +149,8 @@ def measure(shapes: dict, what: str, threads: int, options: argparse.Namespace) 
             decay=DECAY,
         )
     size = np.clip(sum(int(np.prod(shape)) for shape in shapes.values()), 2**22, 2**25)
-    times = relative_times(calls, options.rounds, bandwidth(int(size), threads))
+    # OpenMP's threads, of PyTorch, spin for some milliseconds
+    times = relative_times(calls, options.rounds, bandwidth(int(size), threads), pause=0.02)
     for call in calls.values():
         if isinstance(call, Worker):
             call.close()
@@ -165,7 +166,8 @@ def report(found: dict) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     lines = [
         f"`python benchmarks/speed.py`: time / emaopt's, on a CPU, {found['rounds']} rounds; "
-        f"{versions}.",
+        f"{versions}. With one thread the numbers are steady; with as many threads as cores, which "
+        "threads share a core decides, up to a factor of 1.6.",
     ]
     titles = {"averaging": "The averaging step alone", "training": "Momentum and averaging"}
     for threads, steps in found["threads"].items():

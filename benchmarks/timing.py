@@ -29,15 +29,22 @@ class Times(NamedTuple):
     relative: np.ndarray
 
 
-def times(calls: Mapping[str, Callable], rounds: int, reference: Callable) -> dict[str, Times]:
-    """The time of each call in each round, after one call of each to warm up."""
+def times(
+    calls: Mapping[str, Callable], rounds: int, reference: Callable, pause: float = 0
+) -> dict[str, Times]:
+    """The time of each call in each round, after one call of each to warm up.
+
+    `pause`: seconds after each, for threads that go on spinning when they have nothing to do.
+    """
     found = {name: Times(np.empty(rounds), np.empty(rounds)) for name in calls}
     for call in (reference, *calls.values()):
         jax.block_until_ready(call())
     for i in range(rounds):
         before = seconds(reference)
         for name in list(calls)[:: 1 if i % 2 else -1]:
-            own, after = seconds(calls[name]), seconds(reference)
+            own = seconds(calls[name])
+            time.sleep(pause)
+            after = seconds(reference)
             found[name].seconds[i] = own
             found[name].relative[i] = own / ((before + after) / 2)
             before = after
@@ -45,10 +52,10 @@ def times(calls: Mapping[str, Callable], rounds: int, reference: Callable) -> di
 
 
 def relative_times(
-    calls: Mapping[str, Callable], rounds: int, reference: Callable
+    calls: Mapping[str, Callable], rounds: int, reference: Callable, pause: float = 0
 ) -> dict[str, np.ndarray]:
     """The time of each call in each round, as a multiple of the reference around it."""
-    return {name: found.relative for name, found in times(calls, rounds, reference).items()}
+    return {name: found.relative for name, found in times(calls, rounds, reference, pause).items()}
 
 
 def seconds(call: Callable) -> float:
