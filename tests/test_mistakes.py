@@ -130,6 +130,11 @@ MISTAKES = {
         "opt_state holds no average",
         r"Put emaopt\.ema",
     ),
+    "no average to move to the host": (
+        lambda: emaopt.on_host(emaopt.adam().init(PARAMS)),
+        "opt_state holds no average",
+        r"Put emaopt\.ema",
+    ),
     "average with its arguments exchanged": (
         lambda: emaopt.average(STATE, PARAMS),
         "opt_state holds no average",
@@ -413,7 +418,8 @@ def test_what_looks_like_a_mistake_and_is_none():
     averages = emaopt.average(nnx.state(model, nnx.Param), optimizer)
     assert emaopt.names(averages) == emaopt.names(nnx.state(model, nnx.Param))
     assert emaopt.average(PARAMS, train_state())["kernel"].shape == (2, 3)
-    assert emaopt.moving_average(jnp.bfloat16(0.5)).init(PARAMS).step == 0
+    start = lambda decay: emaopt.moving_average(decay).init({"frozen": True, "phase": 1j}).step
+    assert start(jnp.bfloat16(0.5)) == jax.jit(start)(jnp.bfloat16(0.5)) == 0
     whole = emaopt.gradient_descent(1)  # a whole number for the learning rate
     updates, _ = whole.update(GRADS, whole.init(PARAMS))
     assert updates["bias"].tolist() == [-1, -1, -1]
