@@ -48,7 +48,7 @@ DecayLike = float | jax.Array | Callable[[Any], Any]
 _SHARE = (lambda x: x.ndim == 0 and 0 <= x <= 1, "a number from 0 to 1")
 _COUNTED = (
     "the number of updates with this one, 1 or more. Optax's schedules count from 0: a decay in "
-    'optax.inject_hyperparams needs static_args="decay"'
+    'optax.inject_hyperparams needs static_args="decay". To start later: emaopt.after(n, decay)'
 )
 
 

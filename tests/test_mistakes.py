@@ -90,6 +90,11 @@ MISTAKES = {
         "t=Array.0, dtype=int32. is out of range",
         'static_args="decay"',
     ),
+    "a decay that is started later by hand": (
+        lambda: emaopt.ema(lambda t: jnp.where(t < 100, 0.0, emaopt.power(7)(t - 99))),
+        "t=Array.-98, dtype=int32. is out of range",
+        r"To start later: emaopt\.after\(n, decay\)",
+    ),
     "the warm-up of an average for the learning rate": (
         lambda: emaopt.adam(emaopt.warmup(0.001)),
         "learning_rate is the decay of an average",
