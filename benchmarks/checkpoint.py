@@ -146,7 +146,8 @@ def main():
 
     lines = [
         f"{total / 1e9:.2f} GB in {len(jax.tree.leaves((params, opt_state)))} arrays, of which the "
-        f"averages are {copy / 1e9:.3f} GB; median of {args.rounds} interleaved rounds.",
+        f"averages are {copy / 1e9:.3f} GB; medians of {args.rounds} interleaved rounds: of the "
+        "seconds, and of the ratios within each round.",
         "",
         "| | | seconds | / plain Orbax | GB read | GB written |",
         "|---|---|---|---|---|---|",
@@ -165,7 +166,7 @@ def main():
     read = moved["averages", "emaopt"][0] / copy
     lines += [
         "",
-        f"The digests take {share:.0%} of the save. `restore_averages` reads {read:.3f} times the "
+        f"The digests take {share:.0%} of the save, in the median round. `restore_averages` reads {read:.3f} times the "
         "bytes of the averages.",
     ]
     text = "\n".join(lines) + "\n"
