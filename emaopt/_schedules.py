@@ -312,7 +312,8 @@ def _float(x):
 def _check_number(decay: Any) -> None:
     check("decay", decay, *_SHARE)
     dtype = jnp.dtype(getattr(decay, "dtype", jnp.float32))
-    if dtype.itemsize < 4 and is_concrete(decay) and decay == 1:
+    rounded = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    if rounded and is_concrete(decay) and decay == 1:
         raise ValueError(
             f"decay={decay} has dtype {dtype}, in which 0.9999 is 1: the average would never move. "
             "Pass a Python number; in optax.inject_hyperparams, hyperparam_dtype=jnp.float32."

@@ -49,14 +49,18 @@ class Leaf(NamedTuple):
 def show(checkpoint: str, as_json: bool = False) -> None:
     """Print a table, as wide as the terminal at most, or JSON."""
     path = absolute(checkpoint)
-    found = tf1_leaves(path) if is_tf1(path) else orbax_leaves(Stored(locate(path, None)))
+    if is_tf1(path):
+        found = tf1_leaves(path)
+    else:
+        path = locate(path, None)
+        found = orbax_leaves(Stored(path))
     total = sum(leaf.bytes for leaf in found)
     if as_json:
         rows = [leaf._asdict() for leaf in found]
         print(json.dumps({"checkpoint": str(path), "leaves": rows, "bytes": total}, indent=1))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print("\n".join([*table(found, width), "", f"{len(found)} leaves, {total:,} bytes"]))
+    print("\n".join([*table(found, width), "", f"{len(found)} leaves, {total:,} bytes: {path}"]))
 
 
 def absolute(path: str) -> Path:

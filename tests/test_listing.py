@@ -100,21 +100,22 @@ def test_ls_takes_a_run_or_a_step_of_it(orbax, capsys, monkeypatch):
     monkeypatch.chdir(orbax)
     newest, of_newest = listed(capsys, "adam")
     assert listed(capsys, "adam/10")[0]["leaves"] == newest["leaves"]
-    assert newest["checkpoint"] == str(orbax / "adam")
+    assert newest["checkpoint"] == str(orbax / "adam/10")
     assert of_newest["params/bias"]["dtype"] == "float32"
     assert of_newest["opt_state/1/shadow/bias"]["bytes"] == 6
 
 
 @tensorflow
 def test_ls_in_a_pipe_is_plain_quiet_and_whole():
-    command = [sys.executable, "-m", "emaopt", "ls", str(GOLDEN / "adam" / "model.ckpt-20")]
+    checkpoint = str(GOLDEN / "adam" / "model.ckpt-20")
+    command = [sys.executable, "-m", "emaopt", "ls", checkpoint]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["name", "shape", "dtype", "bytes", "role"]
     row = "mlp/dense/kernel/ExponentialMovingAverage  [3,4]  float32     48  "
     assert lines[-3] == row + "average of mlp/dense/kernel"
-    assert lines[-1] == "11 leaves, 272 bytes"
+    assert lines[-1] == f"11 leaves, 272 bytes: {checkpoint}"
 
 
 def test_what_tensorflow_prints_when_it_is_loaded_is_not_shown(tmp_path, monkeypatch, capfd):
