@@ -166,8 +166,8 @@ def main():
     read = moved["averages", "emaopt"][0] / copy
     lines += [
         "",
-        f"The digests take {share:.0%} of the save, in the median round. `restore_averages` reads {read:.3f} times the "
-        "bytes of the averages.",
+        f"The digests take {share:.0%} of the save, in the median round. `restore_averages` reads "
+        f"{read:.3f} times the bytes of the averages.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)
