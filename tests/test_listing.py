@@ -121,10 +121,10 @@ def test_ls_in_a_pipe_is_plain_quiet_and_whole():
 def test_what_tensorflow_prints_when_it_is_loaded_is_not_shown(tmp_path, monkeypatch, capfd):
     (tmp_path / "tensorflow.py").write_text("import os; os.write(2, b'no GPU')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # what was there, or nothing, comes back
+    del sys.modules["tensorflow"]
     load_tensorflow()
     os.write(2, b"shown")
-    monkeypatch.delitem(sys.modules, "tensorflow")
     assert capfd.readouterr().err == "shown"
 
 
