@@ -140,6 +140,15 @@ def test_it_goes_around_masks_and_several_averages():
     assert state.healed["b"] == 1
 
 
+def test_a_state_beside_the_average_passes():
+    rate = optax.scale_by_schedule(lambda count: 1.0 / (1 + count))
+    tx = emaopt.heal(optax.chain(rate, emaopt.ema(0.5)))
+    params = jnp.array([1.0])
+    _, state = tx.update(jnp.array([jnp.nan]), tx.init(params), params)
+    assert state.state[0].count == 1
+    assert emaopt.average(params, state) == 1
+
+
 def test_absent_parameters_and_python_numbers_are_averages_too():
     tx = emaopt.heal(emaopt.ema(0.5))
     state = tx.init({"absent": jnp.ones(2), "number": 1.0})
