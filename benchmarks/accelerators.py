@@ -28,10 +28,6 @@ TREES = {"": trees.each_shape_once(trees.RESNET50), "ResNet-50": trees.RESNET50}
 ROWS = [*(("", name) for name in trees.OPTIMIZERS), ("ResNet-50", "momentum")]
 
 
-def size(tree) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def facts(target: str, tree: str, name: str, place: str) -> dict:
     tx, params = trees.PLACES[place](trees.OPTIMIZERS[name]), trees.abstract(TREES[tree])
     carry = params, jax.eval_shape(tx.init, params)
@@ -40,7 +36,7 @@ def facts(target: str, tree: str, name: str, place: str) -> dict:
     return {
         "kernels": step.kernels,
         "scalars": step.scalars,
-        "bytes": step.traffic / (2 * size(carry) + size(params)),
+        "bytes": step.traffic / (2 * trees.nbytes(carry) + trees.nbytes(params)),
         "temporaries": step.temporaries,
         "copies": step.copies,
         "in_place": step.aliases == dict(zip(own, own, strict=True)),

@@ -27,13 +27,13 @@ import jax
 import numpy as np
 import optax
 from leaves import parameters
+from steps import RATE, by_hand, ours
 from timing import HERE, Worker, handing, publish, ratio, serve, table, times
 from tqdm import tqdm
 
 import emaopt
 
 
-RATE, NORM, DECAY = 1e-3, 1.0, 0.999
 # clipped, optimizer of emaopt, of Optax, averaged
 STEPS = {
     "momentum": (False, emaopt.momentum(RATE, 0.9), optax.sgd(RATE, 0.9), False),
@@ -44,40 +44,14 @@ STEPS_A_TURN = 5
 FORMS = ("Optax, by hand", "emaopt", "emaopt, packed")
 
 
-def by_hand(clip: bool, optimizer, average: bool):
-    """Optax and an average: `init(params)`, and a step of what it gives."""
-    tx = optax.chain(*[optax.clip_by_global_norm(NORM)] * clip, optimizer)
-
-    def step(params, state, grads):
-        slots, shadow = state
-        updates, slots = tx.update(grads, slots, params)
-        params = optax.apply_updates(params, updates)
-        if average:
-            shadow = jax.tree.map(lambda e, p: e - (e - p) * (1 - DECAY), shadow, params)
-        return params, (slots, shadow)
-
-    return lambda params: (tx.init(params), params if average else ()), step
-
-
-def ours(clip: bool, optimizer, average: bool):
-    tx = optax.chain(
-        *[emaopt.clip_by_global_norm(NORM)] * clip, optimizer, *[emaopt.ema(DECAY)] * average
-    )
-
-    def step(params, state, grads):
-        return emaopt.apply_gradients(tx, grads, params, state)
-
-    return tx.init, step
-
-
 def work(leaves: int, of: str, form: str) -> None:
     """Compile a step, tell what it took, and step when told."""
     clip, mine, other, average = STEPS[of]
     params = parameters(leaves)
     if form == "emaopt, packed":
         params = emaopt.pack(params)
-    make = by_hand(clip, other, average) if form == FORMS[0] else ours(clip, mine, average)
-    init, step = make
+    by_optax = form == FORMS[0]
+    init, step = by_hand(other, clip, average) if by_optax else ours(mine, clip, average)
     carry = jax.tree.map(lambda x: x.copy(), (params, init(params)))
     grads = jax.tree.map(lambda p: p * 1e-3, params)
     start = time.process_time()

@@ -25,18 +25,13 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
+from timing import table
 
 import emaopt
 from emaopt import checkpoint, posthoc
 
 
 TWO = [posthoc.gamma(0.05), posthoc.gamma(0.10)]
-
-
-def table(head, rows):
-    return ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"] + [
-        "| " + " | ".join(row) + " |" for row in rows
-    ]
 
 
 def profile_errors():
@@ -50,6 +45,7 @@ def profile_errors():
         "## Relative error of the profile",
         "",
         "Power averages of sigma_rel 0.05 and 0.10, at update 8192, by the number of snapshots:",
+        "",
         *table(["snapshots", *(f"{s:g}" for s in lengths)], rows),
     ]
     last = 4096
@@ -72,7 +68,7 @@ def profile_errors():
     error = lambda g, t: f"{posthoc.residual(steps, g, at=last, target=t):.2g}"
     rows = [[name, *(error(g, t) for g in recorded.values())] for name, t in targets.items()]
     lines += ["", "Ordinary averages, 64 snapshots, at update 4096, by what was recorded:"]
-    lines += table(["target", *recorded], rows)
+    lines += ["", *table(["target", *recorded], rows)]
     last = 10**6
     steps = np.arange(1, 65) * last // 64
     start = time.perf_counter()
@@ -165,6 +161,7 @@ def training():
         f"4,810 parameters trained on scikit-learn's digits, SGD, {last} updates, float32; "
         "recorded 0.05 and 0.10, each other length computed beside them. The raw parameters have "
         f"an accuracy of {accuracy(carry[0]):.2%}.",
+        "",
         *table(head, rows),
     ]
 

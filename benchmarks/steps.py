@@ -67,30 +67,31 @@ OPTIMIZERS = {
 FORMS = {"alone": (False, False), "clip": (True, False), "ema": (False, True), "both": (True, True)}
 
 
-def ours(optimizer, clip: bool, average: bool, params, grads) -> Step:
+def ours(optimizer, clip: bool, average: bool):
+    """A chain of emaopt's: `init(params)`, and a step of what it gives."""
     tx = optax.chain(
         *[emaopt.clip_by_global_norm(NORM)] * clip, optimizer, *[emaopt.ema(DECAY)] * average
     )
 
     def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return emaopt.apply_gradients(tx, grads, params, state)
 
-    return Step(step, params, tx.init(params), inputs=(grads,))
+    return tx.init, step
 
 
-def by_hand(optimizer, clip: bool, average: bool, params, grads) -> Step:
+def by_hand(optimizer, clip: bool, average: bool):
+    """Optax and an average by hand, in the same form."""
     tx = optax.chain(*[optax.clip_by_global_norm(NORM)] * clip, optimizer)
 
-    def step(params, state, shadow, grads):
-        updates, state = tx.update(grads, state, params)
+    def step(params, state, grads):
+        slots, shadow = state
+        updates, slots = tx.update(grads, slots, params)
         params = optax.apply_updates(params, updates)
         if average:
             shadow = jax.tree.map(lambda e, p: e - (e - p) * (1 - DECAY), shadow, params)
-        return params, state, shadow
+        return params, (slots, shadow)
 
-    shadow = params if average else ()
-    return Step(step, params, tx.init(params), shadow, inputs=(grads,))
+    return lambda params: (tx.init(params), params if average else ()), step
 
 
 def measure_steps(params, rounds: int) -> dict[str, dict[str, float]]:
@@ -100,9 +101,10 @@ def measure_steps(params, rounds: int) -> dict[str, dict[str, float]]:
     cells = [(name, form) for name in OPTIMIZERS for form in FORMS]
     for name, form in tqdm(cells, leave=False, disable=None):
         mine, other = OPTIMIZERS[name]
+        made = {"emaopt": ours(mine, *FORMS[form]), "other": by_hand(other, *FORMS[form])}
         calls = {
-            "emaopt": ours(mine, *FORMS[form], params, grads),
-            "other": by_hand(other, *FORMS[form], params, grads),
+            who: Step(step, params, init(params), inputs=(grads,))
+            for who, (init, step) in made.items()
         }
         times = relative_times(calls, rounds, reference)
         found.setdefault(name, {})[form] = ratio(times["emaopt"], times["other"])

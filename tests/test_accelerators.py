@@ -30,10 +30,6 @@ EVERYWHERE = list(itertools.product(["small"], OPTIMIZERS, PLACES))
 BIG = [("resnet_like", "momentum", "ema"), ("resnet_like", "adam", "both")]
 
 
-def size(tree):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def step_for(target, tx, params):
     """The compiled step, and what is carried from step to step."""
     carry = params, jax.eval_shape(tx.init, params)
@@ -55,10 +51,10 @@ def test_a_step_is_one_kernel_per_leaf_in_place(target, tree, name, place):
     # XLA for TPU computes the new accum_update in a kernel of its own
     split = target == "tpu" and name == "adadelta" and averages
     kernels = len(params) * (2 if split else 1)
-    least = 2 * size(carry) + size(params)
+    least = 2 * trees.nbytes(carry) + trees.nbytes(params)
     if clips:  # a norm of each leaf, for GPU in one or two kernels, and their sum
         kernels += len(params) * (2 if target == "gpu" else 1) + 2
-        least += size(params)
+        least += trees.nbytes(params)
     assert step.kernels <= kernels
     if not split:
         assert step.traffic <= 1.005 * least
@@ -80,7 +76,7 @@ def test_a_shadow_that_is_rounded_by_chance_needs_no_pass_more(target):
     params = trees.abstract(SMALL)
     ema = emaopt.ema(0.999, accumulator_dtype=emaopt.stochastic())
     step, carry = step_for(target, optax.chain(OPTIMIZERS["momentum"], ema), params)
-    assert step.traffic <= 1.005 * (2 * size(carry) + size(params))
+    assert step.traffic <= 1.005 * (2 * trees.nbytes(carry) + trees.nbytes(params))
     # XLA for TPU numbers the rows of a matrix beforehand, on the chip
     rows = sum(x.ndim > 1 for x in params.values()) if target == "tpu" else 0
     assert step.kernels <= len(params) + rows

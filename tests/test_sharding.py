@@ -12,19 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from trees import step_of
+from trees import OPTIMIZERS, step_of
 
 import emaopt
 
 
-ELEMENTWISE = {
-    "gradient_descent": emaopt.gradient_descent(0.1),
-    "momentum": emaopt.momentum(0.1, 0.9),
-    "nesterov": emaopt.momentum(0.1, 0.9, use_nesterov=True),
-    "adagrad": emaopt.adagrad(0.1),
-    "adadelta": emaopt.adadelta(0.1),
+ELEMENTWISE = OPTIMIZERS | {
     "adam": emaopt.adam(0.1, epsilon=1e-3),
-    "ftrl": emaopt.ftrl(0.1),
     "rmsprop": emaopt.rmsprop(0.1, epsilon=1e-3),
     "rmsprop_centered": emaopt.rmsprop(0.1, epsilon=1e-3, centered=True),
     "clip_by_value": emaopt.clip_by_value(-0.5, 0.5),

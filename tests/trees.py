@@ -92,6 +92,11 @@ def full(shapes, dtype=jnp.float32):
     }
 
 
+def nbytes(tree):
+    """Of all leaves, also abstract ones."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def step_of(tx):
     """One step: `(params, opt_state), grads -> (params, opt_state)`."""
 
