@@ -108,8 +108,8 @@ def main():
         tf1.parent.mkdir()
         total = elsewhere.apply(write, (tf1, args.blocks))
         rows = {
-            "start: `import emaopt.convert, tensorflow`": run(
-                [sys.executable, "-c", "import emaopt.convert, tensorflow"]
+            "start: `import emaopt._commands.convert, tensorflow`": run(
+                [sys.executable, "-c", "import emaopt._commands.convert, tensorflow"]
             ),
             "TF1 to Orbax": run([*PYTHON, "convert", tf1, orbax]),
             "Orbax to TF1": run([*PYTHON, "convert", orbax, back]),

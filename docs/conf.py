@@ -83,7 +83,6 @@ first_steps
 ```
 """,
 }
-COMMANDS = {"__main__", "convert", "demo", "diff", "listing"}  # rooms of the command line
 
 
 def public(module: str) -> set[str]:
@@ -103,7 +102,7 @@ def public(module: str) -> set[str]:
 ROOMS = ["emaopt"] + [
     f"emaopt.{room.name}"
     for room in pkgutil.iter_modules(emaopt.__path__)
-    if not room.name.startswith("_") and room.name not in COMMANDS
+    if not room.name.startswith("_")
 ]
 
 

@@ -5,31 +5,37 @@ See the README; each name says where it comes from.
 
 import importlib.metadata
 
-from ._averages import (
-    average as average,
-    averages as averages,
-    describe as describe,
-    on_host as on_host,
-    stacked as stacked,
-    swap as swap,
+from ._average.decays import (
+    Decay as Decay,
+    after as after,
+    debiased as debiased,
+    every as every,
+    half_life as half_life,
+    inverse_gamma as inverse_gamma,
+    power as power,
+    warmup as warmup,
 )
-from ._clip import (
-    clip_by_average_norm as clip_by_average_norm,
-    clip_by_global_norm as clip_by_global_norm,
-    clip_by_norm as clip_by_norm,
-    clip_by_value as clip_by_value,
-    global_norm as global_norm,
-)
-from ._ema import (
+from ._average.ema import (
     EmaState as EmaState,
     MovingAverage as MovingAverage,
     SwappedEmaState as SwappedEmaState,
     ema as ema,
     moving_average as moving_average,
 )
-from ._feedback import overwrite as overwrite
-from ._healing import HealState as HealState, heal as heal
-from ._ledger import Ledger as Ledger
+from ._average.feedback import overwrite as overwrite
+from ._average.find import (
+    average as average,
+    averages as averages,
+    describe as describe,
+    stacked as stacked,
+    swap as swap,
+)
+from ._average.healing import HealState as HealState, heal as heal
+from ._average.host import on_host as on_host
+from ._average.ledger import Ledger as Ledger
+from ._average.profile import profile as profile
+from ._average.rounding import compensated as compensated, stochastic as stochastic
+from ._average.statistics import recalibrate as recalibrate
 from ._names import (
     average_name as average_name,
     global_step as global_step,
@@ -39,7 +45,16 @@ from ._names import (
     slot_names as slot_names,
     variables_to_restore as variables_to_restore,
 )
-from ._optimizers import (
+from ._optimizers.builder import OptimizerState as OptimizerState
+from ._optimizers.clip import (
+    clip_by_average_norm as clip_by_average_norm,
+    clip_by_global_norm as clip_by_global_norm,
+    clip_by_norm as clip_by_norm,
+    clip_by_value as clip_by_value,
+    global_norm as global_norm,
+)
+from ._optimizers.learning_rate import exponential_decay as exponential_decay
+from ._optimizers.rules import (
     adadelta as adadelta,
     adagrad as adagrad,
     adam as adam,
@@ -48,27 +63,12 @@ from ._optimizers import (
     momentum as momentum,
     rmsprop as rmsprop,
 )
-from ._packing import pack as pack, unpack as unpack, unpacked as unpacked
-from ._rounding import compensated as compensated, stochastic as stochastic
-from ._rule import OptimizerState as OptimizerState
-from ._schedules import (
-    Decay as Decay,
-    after as after,
-    debiased as debiased,
-    every as every,
-    exponential_decay as exponential_decay,
-    half_life as half_life,
-    inverse_gamma as inverse_gamma,
-    power as power,
-    profile as profile,
-    warmup as warmup,
-)
-from ._statistics import recalibrate as recalibrate
-from ._training import (
+from ._optimizers.steps import (
     apply_gradients as apply_gradients,
     compute_gradients as compute_gradients,
     minimize as minimize,
 )
+from ._tree.packing import pack as pack, unpack as unpack, unpacked as unpacked
 
 
 __version__ = importlib.metadata.version("emaopt")

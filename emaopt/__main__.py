@@ -83,7 +83,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
     def command(**arguments):
         with _one_line(demo, "demo"):
-            from emaopt.demo import run
+            from emaopt._commands.demo import run
 
             try:
                 run(**arguments)
@@ -116,7 +116,7 @@ def _add_ls(commands: argparse._SubParsersAction) -> None:
 
     def command(**arguments):
         with _one_line(ls):
-            from emaopt.listing import show
+            from emaopt._commands.ls import show
 
             show(**arguments)
 
@@ -170,7 +170,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
     def command(**arguments):
         with _one_line(convert, "tf1"):
-            from emaopt.convert import convert as run
+            from emaopt._commands.convert import convert as run
 
             run(**arguments)
 
@@ -243,7 +243,7 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
 
     def command(**arguments):
         with _one_line(synthesize, "posthoc"):
-            from emaopt.synthesize._command import command as run
+            from emaopt._commands.synthesize import command as run
 
             run(**arguments)
 
@@ -277,7 +277,7 @@ def _add_diff(commands: argparse._SubParsersAction) -> None:
     def command(a, b, as_json):
         differs = False
         with _one_line(diff, "tf1"):
-            from emaopt.diff import compare, show
+            from emaopt._commands.diff import compare, show
 
             found = compare(a, b)
             differs = not found.equal

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 
-from ._ema import EmaState, SwappedEmaState
-from ._packing import check_unpacked
-from ._rule import OptimizerState
-from ._tree import Tree, check_unique, did_you_mean, is_inexact, is_none, leaf_names
+from emaopt._average.ema import EmaState, SwappedEmaState
+from emaopt._optimizers.builder import OptimizerState
+from emaopt._tree.checks import check_unique, did_you_mean
+from emaopt._tree.numbers import is_inexact
+from emaopt._tree.packing import check_unpacked
+from emaopt._tree.paths import Tree, is_none, leaf_names
 
 
 # TF1's name for the slots of an optimizer, by its slot names in TF1's order of creation

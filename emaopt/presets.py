@@ -12,19 +12,19 @@ import math
 
 import jax.numpy as jnp
 
-from . import posthoc
-from ._schedules import (
+from emaopt._average.decays import (
     Decay,
     after,
     as_decay,
     debiased,
+    gamma as gamma_of,
     half_life,
     inverse_gamma,
     pointwise,
     power as power_function,
     warmup,
 )
-from ._tree import check
+from emaopt._tree.checks import check
 
 
 def tf1(decay: float, num_updates: bool = False, zero_debias: bool = False) -> Decay:
@@ -211,7 +211,7 @@ def ema_pytorch_karras(
     """
     _whole(1, update_every=update_every)
     if sigma_rel is not None and gamma is None:
-        paper = power_function(posthoc.gamma(sigma_rel))
+        paper = power_function(gamma_of(sigma_rel))
     elif sigma_rel is None and gamma is not None:
         paper = power_function(gamma)
     else:
@@ -232,7 +232,7 @@ def edm2(std: float) -> Decay:
     [0.0, 0.5, 0.6667]
     """
     check("std", std, lambda s: 0 < s <= 12**-0.5, "a number above 0, at most 1/sqrt(12) = 0.2887")
-    return power_function(posthoc.gamma(std))
+    return power_function(gamma_of(std))
 
 
 def edm2_traditional(

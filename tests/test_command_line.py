@@ -11,11 +11,11 @@ from emaopt.__main__ import main
 
 needs_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs the extra tf1")
 COMMANDS = {  # what to pass, and what does the work
-    "demo": ("", "emaopt.demo.run"),
-    "ls": ("run", "emaopt.listing.show"),
-    "convert": ("run new", "emaopt.convert.convert"),
-    "synthesize": ("run", "emaopt.synthesize._command.command"),
-    "diff": ("run", "emaopt.diff.compare"),
+    "demo": ("", "emaopt._commands.demo.run"),
+    "ls": ("run", "emaopt._commands.ls.show"),
+    "convert": ("run new", "emaopt._commands.convert.convert"),
+    "synthesize": ("run", "emaopt._commands.synthesize.command"),
+    "diff": ("run", "emaopt._commands.diff.compare"),
 }
 
 

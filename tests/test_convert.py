@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 import emaopt
 from emaopt import checkpoint
 from emaopt.__main__ import main
-from emaopt._tree import key_paths
+from emaopt._tree.paths import key_paths
 
 
 tf = pytest.importorskip("tensorflow")
@@ -238,7 +238,7 @@ def test_the_form_of_tf1_is_kept_on_the_way_back(run, tmp_path):
 
 
 def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("emaopt.convert.AT_ONCE", 40)
+    monkeypatch.setattr("emaopt._commands.convert.AT_ONCE", 40)
     main(["convert", str(GOLDEN / "adam"), str(tmp_path / "orbax")])
     main(["convert", str(tmp_path / "orbax"), str(tmp_path / "back")])
     assert len(list(tmp_path.glob("back.data-*"))) > 3
@@ -295,7 +295,7 @@ def test_an_interrupt_leaves_nothing_behind(source, orbax, tmp_path, monkeypatch
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("emaopt.convert.digests", interrupted)
+    monkeypatch.setattr("emaopt._commands.convert.digests", interrupted)
     monkeypatch.setattr("emaopt.tf1._files._save", interrupted)
     with pytest.raises(SystemExit) as exit_:
         main(["convert", str(orbax / source), str(tmp_path / "new")])
@@ -317,7 +317,9 @@ def test_the_value_of_nnx_is_no_part_of_a_name_and_strings_are_left_out(tmp_path
 
 @pytest.mark.parametrize("missing", ["tensorflow", "tqdm"])
 def test_without_a_package_the_extra_is_named(missing, monkeypatch, tmp_path, capsys):
-    for module in [m for m in sys.modules if m.startswith(("emaopt.convert", "emaopt.tf1"))]:
+    for module in [
+        m for m in sys.modules if m.startswith(("emaopt._commands.convert", "emaopt.tf1"))
+    ]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as exit_:

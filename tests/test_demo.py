@@ -13,8 +13,8 @@ from matplotlib.image import imread
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
-from emaopt import demo
 from emaopt.__main__ import main
+from emaopt._commands import demo
 
 
 EPOCHS = 4
@@ -26,7 +26,8 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 # `emaopt demo`, met by a signal in the middle of an epoch
 INTERRUPTED = """
 import os, sys
-from emaopt import __main__, demo
+from emaopt import __main__
+from emaopt._commands import demo
 
 def interrupted(images, labels, seed, epoch, batches=demo.batches):
     for i, batch in enumerate(batches(images, labels, seed, epoch)):
@@ -260,8 +261,8 @@ def test_wrong_arguments_get_one_line(arguments, told, tmp_path, monkeypatch, ca
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "emaopt.demo")
-    monkeypatch.delattr(emaopt, "demo")
+    monkeypatch.delitem(sys.modules, "emaopt._commands.demo")
+    monkeypatch.delattr(emaopt._commands, "demo")
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(SystemExit, match="2"):
         main(["demo"])

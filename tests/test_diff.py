@@ -16,8 +16,10 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
-from emaopt import checkpoint, diff
+from emaopt import checkpoint
 from emaopt.__main__ import main
+from emaopt._commands import diff
+from emaopt._tree.checks import describe
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"
@@ -98,8 +100,8 @@ def test_every_leaf_has_its_distance(pair, capsys):
     assert {name.removeprefix("state/"): leaf for name, leaf in leaves.items()} == {
         name: {
             "name": f"state/{name}",
-            "a": emaopt._tree.describe(np.asarray(a)),
-            "b": emaopt._tree.describe(np.asarray(b)),
+            "a": describe(np.asarray(a)),
+            "b": describe(np.asarray(b)),
             "equal": name in EQUAL,
             "max_abs": finite(most),
             "relative": finite(relative),
@@ -214,7 +216,7 @@ def test_a_terminal_is_told_after_two_seconds_how_far_it_is(terminal, pair, caps
 @tensorflow
 @pytest.mark.parametrize("name", ["adam", "rmsprop_swapped", "bfloat16"])
 def test_a_converted_checkpoint_is_equal_to_that_of_tf1(name, tmp_path, capsys):
-    from emaopt.convert import convert
+    from emaopt._commands.convert import convert
 
     convert(str(GOLDEN / name), str(tmp_path / "orbax"))
     for sides in ((GOLDEN / name, tmp_path / "orbax"), (tmp_path / "orbax", GOLDEN / name)):

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 import emaopt
 from emaopt import checkpoint
 from emaopt.__main__ import main
-from emaopt.listing import Leaf, load_tensorflow, table
+from emaopt._commands.ls import Leaf, load_tensorflow, table
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"

@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
-from emaopt import _rounding, checkpoint
-from emaopt._rounding import add, add_stochastically
+from emaopt import checkpoint
+from emaopt._average import rounding
+from emaopt._average.rounding import add, add_stochastically
 
 
 add = jax.jit(add)
@@ -157,7 +158,7 @@ def test_small_numbers_are_added_exactly_where_no_rounding_is_needed():
 
 
 def test_every_element_has_a_place_of_its_own():
-    assert _rounding._place((2, 3, 2)).ravel().tolist() == list(range(12))
+    assert rounding._place((2, 3, 2)).ravel().tolist() == list(range(12))
 
 
 def test_a_packed_model_may_have_more_than_four_billion_elements():
@@ -183,7 +184,7 @@ def test_nan_stays_nan(x):
 def test_the_chance_of_the_smallest_increments_is_right_up_and_down(monkeypatch, sign, second):
     """Below and above a power of 2 the units differ. 2**-37 is 4 in 2**16 of one of float32."""
     random = jnp.arange(2**16, dtype=jnp.uint32) << 16 | jnp.uint32(second)
-    monkeypatch.setattr(_rounding, "_random", lambda *_: random)
+    monkeypatch.setattr(rounding, "_random", lambda *_: random)
     one = jnp.ones(2**16)
     got = add_stochastically(one, one * sign * 1.1 * 2**-37, jnp.int32(1), 0)
     assert jnp.sum(got == 1) == 2**16 - 4

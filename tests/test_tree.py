@@ -7,21 +7,21 @@ import optax
 import pytest
 from flax import nnx
 
-from emaopt import _tree
+from emaopt._tree import checks, leaves, numbers, paths
 
 
 def test_leaves_side_by_side_may_be_absent_in_any_tree():
-    rows, treedef = _tree.zip_leaves(a={"x": 1, "y": None}, b={"x": None, "y": 2})
+    rows, treedef = leaves.zip_leaves(a={"x": 1, "y": None}, b={"x": None, "y": 2})
     assert rows == [(1, None), (None, 2)]
     assert treedef.unflatten(["p", "q"]) == {"x": "p", "y": "q"}
 
 
 def test_a_leaf_may_be_a_whole_tree_of_another():
-    assert _tree.zip_leaves(a={"x": 1}, b={"x": {"deep": 2}})[0] == [(1, {"deep": 2})]
+    assert leaves.zip_leaves(a={"x": 1}, b={"x": {"deep": 2}})[0] == [(1, {"deep": 2})]
 
 
 def test_tree_map_is_absent_where_the_first_tree_is():
-    got = _tree.tree_map(lambda a, b: (a, b), a={"x": 1, "y": None}, b={"x": None, "y": 2})
+    got = leaves.tree_map(lambda a, b: (a, b), a={"x": 1, "y": None}, b={"x": None, "y": 2})
     assert got == {"x": (1, None), "y": None}
 
 
@@ -36,13 +36,13 @@ def test_tree_map_is_absent_where_the_first_tree_is():
 )
 def test_a_mismatch_names_the_leaves_on_either_side(other, found):
     with pytest.raises(ValueError, match="second does not have the tree structure") as error:
-        _tree.zip_leaves(first={"x": 1, "y": 2}, second=other)
+        leaves.zip_leaves(first={"x": 1, "y": 2}, second=other)
     assert f"first: {found} Pass first and second" in str(error.value)
 
 
 def test_a_mismatch_of_containers_with_the_same_names_says_which():
     with pytest.raises(ValueError, match=r"second does.*Expected tuple, got \[1, 2\]\. Pass"):
-        _tree.zip_leaves(first=(1, 2), second=[1, 2])
+        leaves.zip_leaves(first=(1, 2), second=[1, 2])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_mismatch_of_containers_with_the_same_names_says_which():
     ],
 )
 def test_state_is_float32_or_wider(dtype, wide):
-    assert _tree.wide(jnp.dtype(dtype)) == jnp.dtype(wide)
+    assert numbers.wide(jnp.dtype(dtype)) == jnp.dtype(wide)
 
 
 @pytest.mark.parametrize(
@@ -75,44 +75,44 @@ def test_state_is_float32_or_wider(dtype, wide):
     ],
 )
 def test_what_can_be_averaged_is_inexact(value, inexact):
-    assert _tree.is_inexact(value) is inexact
+    assert numbers.is_inexact(value) is inexact
 
 
 def test_a_traced_value_is_not_concrete():
     seen = []
-    jax.jit(lambda x: seen.append(_tree.is_concrete(x)))(1.0)
+    jax.jit(lambda x: seen.append(numbers.is_concrete(x)))(1.0)
     assert seen == [False]
-    assert all(map(_tree.is_concrete, (1.0, np.ones(2), jnp.ones(2))))
+    assert all(map(numbers.is_concrete, (1.0, np.ones(2), jnp.ones(2))))
 
 
 def test_a_scalar_is_rounded_before_anything_is_computed_with_it():
-    assert _tree.scalar(0.1, jnp.float32) == np.float32(0.1)
-    assert _tree.scalar(0.999, jnp.bfloat16) == 1
-    assert _tree.scalar(jnp.float32(0.1), jnp.float16).dtype == jnp.float16
-    assert jax.jit(lambda x: _tree.scalar(x, jnp.float16))(0.1).dtype == jnp.float16
+    assert numbers.scalar(0.1, jnp.float32) == np.float32(0.1)
+    assert numbers.scalar(0.999, jnp.bfloat16) == 1
+    assert numbers.scalar(jnp.float32(0.1), jnp.float16).dtype == jnp.float16
+    assert jax.jit(lambda x: numbers.scalar(x, jnp.float16))(0.1).dtype == jnp.float16
 
 
 @pytest.mark.parametrize("update", [None, np.zeros((), jax.dtypes.float0)])
 def test_no_update_is_the_same_array(update):
     p = jnp.float32(-0.0)
-    assert _tree.apply_update(p, update) is p
+    assert leaves.apply_update(p, update) is p
 
 
 def test_a_key_is_not_updated():
     key = jax.random.key(0)
-    assert _tree.apply_update(key, jnp.uint32(1)) is key
+    assert leaves.apply_update(key, jnp.uint32(1)) is key
 
 
 def test_an_update_is_rounded_as_optax_rounds_it():
     p, u = jnp.bfloat16(1), jnp.bfloat16(0.007)
-    got = _tree.apply_update(p, u)
+    got = leaves.apply_update(p, u)
     assert got.dtype == jnp.bfloat16
     assert got == optax.apply_updates(p, u) == 1.0078125
 
 
 def test_only_the_key_of_a_variables_own_value_is_left_out_of_its_name():
     state = nnx.State({"value": nnx.Param(jnp.zeros(1)), "raw": {"value": jnp.zeros(1)}})
-    assert _tree.leaf_names(state) == ["raw/value", "value"]
+    assert paths.leaf_names(state) == ["raw/value", "value"]
 
 
 class Unnamed:
@@ -125,7 +125,7 @@ class Unnamed:
 def test_a_step_of_a_path_is_its_key_position_or_field():
     keys = jax.tree_util
     steps = (keys.DictKey("a"), keys.SequenceKey(1), keys.GetAttrKey("b"), Unnamed())
-    assert [*map(_tree.key_name, steps)] == ["a", "1", "b", "[?]"]
+    assert [*map(paths.key_name, steps)] == ["a", "1", "b", "[?]"]
 
 
 @pytest.mark.parametrize(
@@ -133,17 +133,17 @@ def test_a_step_of_a_path_is_its_key_position_or_field():
     [(jnp.zeros((2, 3)), "float32[2,3]"), (np.int8(1), "int8[]"), (2.0, "2.0")],
 )
 def test_a_leaf_is_described_by_dtype_and_shape(leaf, described):
-    assert _tree.describe(leaf) == described
+    assert checks.describe(leaf) == described
 
 
 def test_a_close_name_is_suggested_and_no_other():
-    assert _tree.did_you_mean("momentun", ["momentum", "rms"]) == " Did you mean 'momentum'?"
-    assert _tree.did_you_mean("accumulator", ["rms"]) == ""
+    assert checks.did_you_mean("momentun", ["momentum", "rms"]) == " Did you mean 'momentum'?"
+    assert checks.did_you_mean("accumulator", ["rms"]) == ""
 
 
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), jnp.float32(0.5), np.array([0.5, 1])])
 def test_a_number_in_range_passes(value):
-    _tree.check("x", value, lambda x: x > 0, "a number above 0")
+    checks.check("x", value, lambda x: x > 0, "a number above 0")
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def test_a_number_out_of_range_or_no_number_is_named_and_shown(value, found):
     with pytest.raises(
         ValueError, match=rf"(?s)^x={found}.*is out of range\. Pass a number above 0\."
     ):
-        _tree.check("x", value, lambda x: x > 0, "a number above 0")
+        checks.check("x", value, lambda x: x > 0, "a number above 0")

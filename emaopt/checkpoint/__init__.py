@@ -19,12 +19,13 @@ import numpy as np
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
-from emaopt._averages import averages, swap
-from emaopt._tree import Params, State, Tree, key_paths, leaf_names
+from emaopt._average.find import averages, swap
+from emaopt._tree.paths import Params, State, Tree, key_paths, leaf_names
 
 from ._index import MARKER, KeyPath, logical
 from ._items import inventory, items_of, with_digests
-from ._stored import MARK, Stored, finished_steps, locate, pick
+from ._run import MARK, finished_steps, locate, pick
+from ._stored import Stored
 
 
 def save(

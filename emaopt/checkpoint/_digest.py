@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._tree import in_memory
+from emaopt._tree.devices import in_memory
 
 
 DIGESTS = "digests"

@@ -4,9 +4,9 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from emaopt._averages import averages, swap
-from emaopt._ema import SwappedEmaState
-from emaopt._tree import Tree
+from emaopt._average.ema import SwappedEmaState
+from emaopt._average.find import averages, swap
+from emaopt._tree.paths import Tree
 
 from ._digest import DIGESTS, digests
 from ._index import KeyPath

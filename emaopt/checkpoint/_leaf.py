@@ -1,5 +1,7 @@
 """One leaf as it is stored and as it is asked for: shapes, dtypes, and from one to the other."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,3 +48,20 @@ def like_leaf(value: Any, leaf: Any) -> Any:
     if not hasattr(value, "dtype"):
         return jnp.asarray(value, leaf.dtype)
     return value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
+
+
+def size(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of the values; of strings, only their number is known."""
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+def parts(sizes: dict[Any, int], at_once: int) -> Iterator[list[Any]]:
+    """The keys in groups of so many bytes, to be read one after the other."""
+    part, used = [], 0
+    for key, bytes_ in sizes.items():
+        if part and used + bytes_ > at_once:
+            yield part
+            part, used = [], 0
+        part.append(key)
+        used += bytes_
+    yield part

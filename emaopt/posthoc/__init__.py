@@ -12,52 +12,20 @@ al., arXiv:2312.02696, for power averages; here for any decay and any target.
 From the checkpoints of a run in one go: `emaopt synthesize`, or `emaopt.synthesize.Run`.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from emaopt._tree import Params, check
+from emaopt._average.decays import gamma as gamma, sigma_rel as sigma_rel
+from emaopt._tree.checks import check
+from emaopt._tree.paths import Params
 
 from ._fit import Average, fit, snapshots_of
 from ._sum import Sum
 
 
 THRESHOLD = 0.15
-
-
-def gamma(sigma_rel: float) -> float:
-    """The exponent of the power average whose profile has this relative standard deviation.
-
-    The root of `sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3))`, for sigma_rel above 0
-    and at most 1/sqrt(12), the plain mean's. Karras et al., arXiv:2312.02696.
-
-    >>> round(gamma(0.05), 4), round(gamma(0.10), 4)
-    (16.9722, 6.9372)
-    """
-    bound = 12**-0.5
-    fine = lambda s: (s > 0) & (s <= bound * (1 + 1e-15))
-    check("sigma_rel", sigma_rel, fine, f"a number above 0, at most 1/sqrt(12) = {bound:.4f}")
-    s, v = float(sigma_rel), 1.0
-    # with v = sigma_rel * (gamma + 2), v**3 + s*v**2 - v + s = 0; Newton from above the top root
-    while (lower := v - (v**3 + s * v**2 - v + s) / (3 * v**2 + 2 * s * v - 1)) < v:
-        v = lower
-    return max(v / s - 2, 0.0)
-
-
-def sigma_rel(gamma: float) -> float:
-    """The relative standard deviation of the profile of a power average.
-
-    `sqrt((gamma + 1) / ((gamma + 2)**2 * (gamma + 3)))`: the width of its weights, as a share of
-    the training so far. Karras et al., arXiv:2312.02696.
-
-    >>> round(18 * sigma_rel(1) ** 2, 12)
-    1.0
-    """
-    check("gamma", gamma, lambda g: (g > -1) & (g < math.inf), "a number above -1")
-    g = float(gamma)
-    return math.sqrt((g + 1) / (g + 3)) / (g + 2)
 
 
 def anneal(factors: ArrayLike, at: int, every: int = 1) -> np.ndarray:

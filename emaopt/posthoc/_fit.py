@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from emaopt._schedules import rates, shares
-from emaopt._tree import check
+from emaopt._average.profile import rates, shares
+from emaopt._tree.checks import check
 
 
 Average = float | Callable[[Any], Any]  # the gamma of a power average, or a decay

@@ -5,7 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from emaopt._tree import Tree, check_shape, dtype_of, is_inexact, is_none, leaf_names, zip_leaves
+from emaopt._tree.checks import check_shape
+from emaopt._tree.leaves import zip_leaves
+from emaopt._tree.numbers import dtype_of, is_inexact
+from emaopt._tree.paths import Tree, is_none, leaf_names
 
 
 FIRST = "the first snapshot"

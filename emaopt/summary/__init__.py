@@ -24,12 +24,14 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey
 
-from emaopt._averages import average, averages, describe
-from emaopt._clip import global_norm
+from emaopt._average.decays import DecayLike, as_decay
+from emaopt._average.find import average, averages, describe
 from emaopt._names import global_step
-from emaopt._rule import OptimizerState
-from emaopt._schedules import DecayLike, as_decay
-from emaopt._tree import Tree, did_you_mean, key_name, wide
+from emaopt._optimizers.builder import OptimizerState
+from emaopt._optimizers.clip import global_norm
+from emaopt._tree.checks import did_you_mean
+from emaopt._tree.numbers import wide
+from emaopt._tree.paths import Tree, key_name
 
 from ._writer import STEP, Writer as Writer, check_scalars, writer as writer
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from emaopt._tree import Tree, key_paths
+from emaopt._tree.paths import Tree, key_paths
 
 
 def graph_of(function: Callable[..., Any], *args: Any) -> Any:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._names import global_step, names
-from emaopt._tree import Tree, describe
+from emaopt._tree.checks import describe
+from emaopt._tree.paths import Tree
 
 from ._graph import graph_of
 from ._histogram import histogram

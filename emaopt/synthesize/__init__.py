@@ -15,18 +15,14 @@ import numpy as np
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
-from emaopt._tree import check_unique, did_you_mean, is_inexact, key_paths
-from emaopt.checkpoint._index import (
-    STEP,
-    KeyPath,
-    average_nodes,
-    in_shadows,
-    logical,
-    params_in,
-)
+from emaopt._tree.checks import check_unique, did_you_mean
+from emaopt._tree.numbers import is_inexact
+from emaopt._tree.paths import key_paths
+from emaopt.checkpoint._index import STEP, KeyPath, average_nodes, in_shadows, logical, params_in
 from emaopt.checkpoint._items import inventory, with_digests
-from emaopt.checkpoint._stored import Stored, finished_steps, pick
-from emaopt.listing import parts
+from emaopt.checkpoint._leaf import parts
+from emaopt.checkpoint._run import finished_steps, pick
+from emaopt.checkpoint._stored import Stored
 from emaopt.posthoc import THRESHOLD
 from emaopt.posthoc._fit import Average, fit, profile_of
 from emaopt.posthoc._sum import Sum

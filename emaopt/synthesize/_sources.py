@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emaopt._schedules import as_decay, debiased, half_life, shares, warmup
-from emaopt.posthoc import gamma, sigma_rel
+from emaopt._average.decays import as_decay, debiased, gamma, half_life, sigma_rel, warmup
+from emaopt._average.profile import shares
 from emaopt.posthoc._fit import Average, rates_of
 
 

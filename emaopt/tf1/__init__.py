@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from emaopt._names import average_name, role
-from emaopt._tree import Params, State, Tree, describe, dtype_of
+from emaopt._tree.checks import describe
+from emaopt._tree.numbers import dtype_of
+from emaopt._tree.paths import Params, State, Tree
 
 from ._files import Checkpoint, cast, check_prefix, write
 from ._rename import (

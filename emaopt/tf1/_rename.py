@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._averages import averages
-from emaopt._ema import SwappedEmaState
+from emaopt._average.ema import SwappedEmaState
+from emaopt._average.find import averages
 from emaopt._names import AVERAGE, STEP, names, origin
-from emaopt._tree import Tree, did_you_mean, dtype_of, is_inexact
+from emaopt._tree.checks import did_you_mean
+from emaopt._tree.numbers import dtype_of, is_inexact
+from emaopt._tree.paths import Tree
 
 
 Shape = tuple[int, ...]

@@ -18,7 +18,9 @@ import optax
 from jax import lax
 from jax.tree_util import DictKey
 
-from ._tree import Tree, check, check_unique, describe, is_concrete, is_inexact, is_none, leaf_names
+from .checks import check, check_unique, describe
+from .numbers import is_concrete, is_inexact
+from .paths import Tree, is_none, leaf_names
 
 
 class _Place(NamedTuple):

@@ -3,8 +3,11 @@
 import jax.numpy as jnp
 import optax
 
-from ._averages import average as average_of, averages
-from ._tree import check, is_inexact, tree_map, wide
+from emaopt._tree.checks import check
+from emaopt._tree.leaves import tree_map
+from emaopt._tree.numbers import is_inexact, wide
+
+from .find import average as average_of, averages
 
 
 def overwrite(

@@ -16,12 +16,15 @@ import numpy as np
 from etils.epath import Path
 
 from emaopt._names import AVERAGE, origin
-from emaopt._tree import describe, dtype_of, is_inexact
+from emaopt._tree.checks import describe
+from emaopt._tree.numbers import dtype_of, is_inexact
 from emaopt.checkpoint._digest import DIGESTS
 from emaopt.checkpoint._index import KeyPath, in_shadows, params_in
-from emaopt.checkpoint._leaf import shape
-from emaopt.checkpoint._stored import Stored, locate
-from emaopt.listing import absolute, is_tf1, parts, size
+from emaopt.checkpoint._leaf import parts, shape, size
+from emaopt.checkpoint._run import locate
+from emaopt.checkpoint._stored import Stored
+
+from .paths import absolute, is_tf1
 
 
 AT_ONCE = 2**25  # bytes of each checkpoint that are read at once
@@ -114,7 +117,7 @@ def show(found: Difference, a: str, b: str | None, as_json: bool) -> None:
 
 
 def _of_tf1(path: Path) -> Side:
-    from emaopt.tf1._files import Checkpoint  # for Orbax, TensorFlow need not be there
+    from emaopt.tf1._files import Checkpoint
 
     checkpoint = Checkpoint(path)
     sizes = {name: size(*about) for name, about in sorted(checkpoint.stored.items())}
@@ -138,8 +141,9 @@ def _in_orbax(stored: Stored, paths: dict[str, KeyPath]) -> Side:
 
 def _renamed(path: Path) -> Side:
     """A checkpoint of Orbax by TF1's names, in TF1's dtypes where they lose no bit."""
-    from emaopt.convert._layout import Form, in_tf1
     from emaopt.tf1._files import cast
+
+    from .convert.layout import Form, in_tf1
 
     stored = Stored(locate(path, None))
     variables, _ = in_tf1(stored, Form(averages=False, swapped=False, average_name=AVERAGE))

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from ._rule import NOT_NEGATIVE, optimizer
-from ._tree import check, is_concrete
+from emaopt._tree.checks import check
+from emaopt._tree.numbers import is_concrete
+
+from .builder import NOT_NEGATIVE, optimizer
 
 
 LearningRate = ArrayLike | optax.Schedule

@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emaopt._ema import EmaState, SwappedEmaState
+from emaopt._average.ema import EmaState, SwappedEmaState
 from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role, variable_of
-from emaopt._rule import OptimizerState
-from emaopt._tree import Tree, dtype_of
+from emaopt._optimizers.builder import OptimizerState
+from emaopt._tree.numbers import dtype_of
+from emaopt._tree.paths import Tree
 from emaopt.checkpoint._digest import DIGESTS
 from emaopt.checkpoint._index import MARKER, SHADOW, STEP, KeyPath, in_shadows, params_in
 from emaopt.checkpoint._leaf import shape
 from emaopt.checkpoint._stored import Stored
-from emaopt.listing import OTHER, TF1
 from emaopt.tf1._rename import name_of_average
+
+
+TF1, OTHER = "tf1", "other"  # the item, and the dict in it, of what Orbax has no place for
 
 
 class Form(NamedTuple):

@@ -14,23 +14,15 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from ._ledger import advance, start as start_ledger
-from ._rounding import Accumulator, add, add_stochastically, as_accumulator
-from ._schedules import DecayLike, as_decay
-from ._tree import (
-    Tree,
-    apply_update,
-    beside,
-    check_array,
-    check_shape,
-    in_memory,
-    is_inexact,
-    leaf_names,
-    stay,
-    tree_map,
-    wide,
-    zip_leaves,
-)
+from emaopt._tree.checks import check_array, check_shape
+from emaopt._tree.devices import beside, in_memory, stay
+from emaopt._tree.leaves import apply_update, tree_map, zip_leaves
+from emaopt._tree.numbers import is_inexact, wide
+from emaopt._tree.paths import Tree, leaf_names
+
+from .decays import DecayLike, as_decay
+from .ledger import advance, start as start_ledger
+from .rounding import Accumulator, add, add_stochastically, as_accumulator
 
 
 class EmaState(NamedTuple):

@@ -15,20 +15,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ._schedules import Decay
-from ._tree import (
-    Tree,
-    beside,
-    check,
-    check_floating,
-    check_shape,
-    is_concrete,
-    leaf_names,
-    scalar,
-    tree_map,
-    wide,
-    zip_leaves,
-)
+from emaopt._average.decays import Decay
+from emaopt._tree.checks import check, check_floating, check_shape
+from emaopt._tree.devices import beside
+from emaopt._tree.leaves import tree_map, zip_leaves
+from emaopt._tree.numbers import is_concrete, scalar, wide
+from emaopt._tree.paths import Tree, leaf_names
 
 
 NOT_NEGATIVE = (lambda x: x >= 0, "a number, 0 or above")

@@ -11,18 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._ema import EmaState
-from ._tree import (
-    Tree,
-    apply_update,
-    beside,
-    in_memory,
-    is_inexact,
-    is_none,
-    leaf_paths,
-    stay,
-    tree_map,
-)
+from emaopt._tree.devices import beside, in_memory, stay
+from emaopt._tree.leaves import apply_update, tree_map
+from emaopt._tree.numbers import is_inexact
+from emaopt._tree.paths import Tree, is_none, leaf_paths
+
+from .ema import EmaState
 
 
 class HealState(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._rounding import add
+from .rounding import add
 
 
 class Ledger(NamedTuple):

@@ -12,9 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._ema import moving_average
-from ._schedules import power
-from ._tree import State, Tree, check_shape, is_concrete, is_inexact, is_none, leaf_names, wide
+from emaopt._tree.checks import check_shape
+from emaopt._tree.numbers import is_concrete, is_inexact, wide
+from emaopt._tree.paths import State, Tree, is_none, leaf_names
+
+from .decays import power
+from .ema import moving_average
 
 
 _mean = moving_average(power(0))

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from emaopt._schedules import half_life
-from emaopt.listing import absolute
-from emaopt.posthoc import gamma, one_minus_sqrt, sigma_rel, window
+from emaopt._average.decays import gamma, half_life, sigma_rel
+from emaopt.posthoc import one_minus_sqrt, window
 from emaopt.posthoc._fit import profile_of
+from emaopt.synthesize import Run
+from emaopt.synthesize._sources import parse
 
-from . import Run
-from ._sources import parse
+from .paths import absolute
 
 
 # the options that say what is wanted, and the weights that they stand for

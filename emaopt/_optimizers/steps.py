@@ -7,16 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._tree import (
-    Params,
-    State,
-    Tree,
-    apply_update,
-    describe,
-    is_inexact,
-    tree_map,
-    zip_leaves,
-)
+from emaopt._tree.checks import describe
+from emaopt._tree.leaves import apply_update, tree_map, zip_leaves
+from emaopt._tree.numbers import is_inexact
+from emaopt._tree.paths import Params, State, Tree
 
 
 def compute_gradients(

@@ -12,8 +12,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from ._packing import check_unpacked
-from ._tree import Tree, check, is_concrete, leaf_names, scalar, tree_map, wide, zip_leaves
+from emaopt._tree.checks import check
+from emaopt._tree.leaves import tree_map, zip_leaves
+from emaopt._tree.numbers import is_concrete, scalar, wide
+from emaopt._tree.packing import check_unpacked
+from emaopt._tree.paths import Tree, leaf_names
 
 
 def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTransformation:

@@ -34,7 +34,7 @@ class Network(nn.Module):
     """Two convolutions and two dense layers: 8x8 grey images to ten logits."""
 
     @nn.compact
-    def __call__(self, images):  # noqa: D102
+    def __call__(self, images):
         x = nn.relu(nn.Conv(16, (3, 3), name="conv1")(images))
         x = nn.relu(nn.Conv(32, (3, 3), strides=2, name="conv2")(x))
         x = nn.relu(nn.Dense(64, name="dense")(x.reshape(len(x), -1)))

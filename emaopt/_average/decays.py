@@ -15,11 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.typing import ArrayLike
 
-from ._tree import check, is_concrete, scalar
+from emaopt._tree.checks import check
+from emaopt._tree.numbers import is_concrete, scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,75 +213,6 @@ def after(start: int, decay: DecayLike) -> Decay:
     )
 
 
-def profile(decay: DecayLike, t: int) -> np.ndarray:
-    """The weights of an average after t updates: float64 [t + 1], which sum to 1.
-
-    Index 0 is the initial value, index s the value of update s: what it took, and what each later
-    update kept of that, `rate(s) * decay(s + 1) * ... * decay(t)`, from the rates that the average
-    computes with. On the host; t = 10**6 takes less than a second.
-
-    >>> profile(0.5, 3).tolist()
-    [0.125, 0.125, 0.25, 0.5]
-    """
-    check("t", t, lambda x: x >= 0 and float(x).is_integer(), "a whole number, 0 or more")
-    return shares(rates(decay, int(t)))
-
-
-def rates(decay: DecayLike, t: int) -> np.ndarray:
-    """What each of the updates 1, ..., t takes from its value: float64 [t]."""
-    # of a power of 2, so that most lengths find what was compiled for another
-    updates = np.arange(1, 2 ** max(t - 1, 0).bit_length() + 1, dtype=np.int32)
-    return np.clip(np.asarray(jax.vmap(as_decay(decay).rate)(updates), np.float64)[:t], 0, 1)
-
-
-def shares(taken: np.ndarray) -> np.ndarray:
-    """After updates that took so much, the weights: of what was before, and of each update."""
-    left = np.cumprod(np.append(1 - taken, 1)[::-1])[::-1]  # by the updates from s + 1 on
-    return np.append(1, taken) * left
-
-
-def exponential_decay(
-    learning_rate: ArrayLike,
-    decay_steps: ArrayLike,
-    decay_rate: ArrayLike,
-    staircase: bool = False,
-) -> optax.Schedule:
-    """TF1's schedule: `learning_rate * decay_rate**(step / decay_steps)`.
-
-    With `staircase` the quotient is rounded down, in whole numbers: step `k * decay_steps` is on
-    stair k, for every `decay_steps`. (TF1, and a jitted float quotient, are one step late for one
-    `decay_steps` in eight.) In the dtype of `learning_rate`; for a Python number, float32.
-
-    >>> [round(float(exponential_decay(1.0, 2, 0.25)(step)), 4) for step in (0, 1, 2)]
-    [1.0, 0.5, 0.25]
-    >>> [round(float(exponential_decay(1.0, 2, 0.25, True)(step)), 4) for step in (0, 1, 2)]
-    [1.0, 1.0, 0.25]
-    """
-    check("learning_rate", learning_rate, np.isfinite, "a finite number")
-    check("decay_steps", decay_steps, lambda x: x > 0, "a number above 0")
-    check("decay_rate", decay_rate, lambda x: x >= 0, "0 or more")
-    if staircase not in (False, True):
-        raise ValueError(
-            f"staircase={staircase!r} is neither True nor False. Pass (learning_rate, decay_steps, "
-            "decay_rate, staircase): there is no global_step here."
-        )
-
-    def schedule(step):
-        dtype = getattr(learning_rate, "dtype", jnp.float32)
-        rate, base = scalar(learning_rate, dtype), scalar(decay_rate, dtype)
-        step, stair = jnp.asarray(step), jnp.asarray(decay_steps)
-        if not staircase:
-            # times the reciprocal, as TF1's graph optimizer and XLA have it: the same op by op
-            inverse = scalar(1, dtype) / scalar(decay_steps, dtype)
-            return rate * jnp.power(base, step.astype(dtype) * inverse)
-        if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (step, stair)):
-            # the remainder of floats is exact, so their floor is too
-            step, stair = step.astype(dtype), stair.astype(dtype)
-        return rate * jnp.power(base, (step // stair.astype(step.dtype)).astype(dtype))
-
-    return schedule
-
-
 def _own(decay: DecayLike) -> Decay:
     """The decay inside one of emaopt's own: a number is what the user wrote, not its float32."""
     if callable(decay) or not is_concrete(decay):
@@ -343,3 +272,36 @@ def _check_function(decay: Callable) -> None:
             return
         if not 0 <= float(value) <= 1:
             raise ValueError(f"decay(t) is {float(value)} at t={t}. Return a number from 0 to 1.")
+
+
+def gamma(sigma_rel: float) -> float:
+    """The exponent of the power average whose profile has this relative standard deviation.
+
+    The root of `sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3))`, for sigma_rel above 0
+    and at most 1/sqrt(12), the plain mean's. Karras et al., arXiv:2312.02696.
+
+    >>> round(gamma(0.05), 4), round(gamma(0.10), 4)
+    (16.9722, 6.9372)
+    """
+    bound = 12**-0.5
+    fine = lambda s: (s > 0) & (s <= bound * (1 + 1e-15))
+    check("sigma_rel", sigma_rel, fine, f"a number above 0, at most 1/sqrt(12) = {bound:.4f}")
+    s, v = float(sigma_rel), 1.0
+    # with v = sigma_rel * (gamma + 2), v**3 + s*v**2 - v + s = 0; Newton from above the top root
+    while (lower := v - (v**3 + s * v**2 - v + s) / (3 * v**2 + 2 * s * v - 1)) < v:
+        v = lower
+    return max(v / s - 2, 0.0)
+
+
+def sigma_rel(gamma: float) -> float:
+    """The relative standard deviation of the profile of a power average.
+
+    `sqrt((gamma + 1) / ((gamma + 2)**2 * (gamma + 3)))`: the width of its weights, as a share of
+    the training so far. Karras et al., arXiv:2312.02696.
+
+    >>> round(18 * sigma_rel(1) ** 2, 12)
+    1.0
+    """
+    check("gamma", gamma, lambda g: (g > -1) & (g < math.inf), "a number above -1")
+    g = float(gamma)
+    return math.sqrt((g + 1) / (g + 3)) / (g + 2)

@@ -5,30 +5,18 @@
 key path.
 """
 
-import contextlib
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._ema import EmaState, SwappedEmaState
-from ._tree import (
-    Params,
-    State,
-    Tree,
-    check_array,
-    check_shape,
-    did_you_mean,
-    in_memory,
-    is_concrete,
-    is_inexact,
-    is_none,
-    key_name,
-    leaf_paths,
-    shared_paths,
-    wide,
-)
+from emaopt._tree.checks import check_array, check_shape, did_you_mean
+from emaopt._tree.devices import in_memory
+from emaopt._tree.numbers import wide
+from emaopt._tree.paths import Params, State, Tree, is_none, key_name, leaf_paths, shared_paths
+
+from .ema import EmaState, SwappedEmaState
 
 
 def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
@@ -185,62 +173,6 @@ def describe(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
         }
         for name, ledger in found.items()
     }
-
-
-def on_host(opt_state: State) -> State:
-    """The state with its averages in the memory of the host: of memory kind "pinned_host".
-
-    Each shard lies beside its device, which holds nothing of it between updates. An update leaves
-    it there: it fetches the average, computes on the devices and writes it back, once each way over
-    the link to the host; until then the devices hold it. Too slow for every step: so call
-    `jax.jit(moving_average(every(n, decay)).update)(params, state, step)` after every n steps: it
-    returns at once, and the devices make the update between two steps. `average` gives arrays on
-    the devices. Not inside `jit`; on CPU from jax 0.10.2 on.
-
-    >>> import emaopt
-    >>> state = on_host(emaopt.moving_average(0.5).init(jnp.array([0.0])))
-    >>> state.shadow.sharding.memory_kind
-    'pinned_host'
-    """
-    _choose(opt_state, None)
-    # by jit, as the updates will do: what cannot stay there does not get there either
-    to_host = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))
-
-    def move(node):
-        if not _is_ema(node):
-            return node
-        to = lambda tree: jax.tree.map(lambda x: _moved(x, to_host), tree)
-        shadow, residue = to(node.shadow), to(node.residue)
-        # a scalar that is not put somewhere would be after one update, and compile the second again
-        put = lambda x: jax.device_put(x, jnp.asarray(x).sharding)
-        step, ledger = jax.tree.map(put, (node.step, node.ledger))
-        return node._replace(step=step, shadow=shadow, residue=residue, ledger=ledger)
-
-    return jax.tree.map(move, opt_state, is_leaf=_is_ema)
-
-
-def _moved(x, to_host):
-    """A leaf on the host. Integers and keys are not averaged, and XLA keeps no keys there."""
-    if not is_inexact(x):
-        return x
-    if not is_concrete(x) or isinstance(x, jax.ShapeDtypeStruct):
-        raise ValueError(
-            "opt_state is traced or abstract, and on_host moves arrays. Call it on what jit "
-            "returns: on_host(jax.jit(tx.init)(params))."
-        )
-    moved = None
-    with contextlib.suppress(ValueError, jax.errors.JaxRuntimeError):
-        moved = to_host(x)
-    if moved is None or moved.sharding.memory_kind != "pinned_host":
-        device = next(iter(jnp.asarray(x).sharding.addressable_devices))
-        kinds = ", ".join(sorted(memory.kind for memory in device.addressable_memories()))
-        raise ValueError(
-            f"opt_state cannot be on the host: the {device.platform} backend of jax "
-            f"{jax.__version__} keeps no array in memory 'pinned_host', of its memories {kinds}. "
-            "Leave the averages on the devices, in 2 bytes with "
-            "accumulator_dtype=emaopt.stochastic(), or update jax."
-        )
-    return moved
 
 
 def _is_ema(node) -> bool:

@@ -21,17 +21,18 @@ from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
+from emaopt._commands.paths import absolute, is_tf1, load_tensorflow
 from emaopt._names import AVERAGE
-from emaopt._tree import Tree
+from emaopt._tree.paths import Tree
 from emaopt.checkpoint._digest import DIGESTS, digests, with_own_digest
 from emaopt.checkpoint._index import KeyPath
 from emaopt.checkpoint._items import check_leaves, inventory
-from emaopt.checkpoint._leaf import shape
-from emaopt.checkpoint._stored import Stored, locate
-from emaopt.listing import absolute, is_tf1, load_tensorflow, parts, size
+from emaopt.checkpoint._leaf import parts, shape, size
+from emaopt.checkpoint._run import locate
+from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast, write
 
-from ._layout import Form, Variable, in_orbax, in_tf1
+from .layout import Form, Variable, in_orbax, in_tf1
 
 
 AT_ONCE = 2**26  # bytes that are read, or written, at once

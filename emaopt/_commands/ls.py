@@ -5,20 +5,15 @@ checkpoint that `emaopt.checkpoint.save` wrote, `params` holds the averages and 
 parameters.
 """
 
-import importlib
 import json
-import math
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax.numpy as jnp
 from etils.epath import Path
 
 from emaopt._names import role
-from emaopt._tree import dtype_of
+from emaopt._tree.numbers import dtype_of
 from emaopt.checkpoint._digest import DIGESTS
 from emaopt.checkpoint._index import (
     MARKER,
@@ -29,11 +24,12 @@ from emaopt.checkpoint._index import (
     params_in,
     root_of_params,
 )
-from emaopt.checkpoint._leaf import shape
-from emaopt.checkpoint._stored import MARK, Stored, finished_steps, locate
+from emaopt.checkpoint._leaf import shape, size
+from emaopt.checkpoint._run import locate
+from emaopt.checkpoint._stored import Stored
 
-
-TF1, OTHER = "tf1", "other"  # the item, and the dict in it, of what Orbax has no place for
+from .convert.layout import OTHER, TF1
+from .paths import absolute, is_tf1, load_tensorflow
 
 
 class Leaf(NamedTuple):
@@ -63,45 +59,9 @@ def show(checkpoint: str, as_json: bool = False) -> None:
     print("\n".join([*table(found, width), "", f"{len(found)} leaves, {total:,} bytes: {path}"]))
 
 
-def absolute(path: str) -> Path:
-    """A path of the command line: one here, or one in a cloud, `gs://...`."""
-    return Path(path if "://" in path else os.path.abspath(path))
-
-
-def is_tf1(path: Path) -> bool:
-    """Whether there is a checkpoint of TF1, not of Orbax; an error if there is neither."""
-    if path.is_dir():
-        if finished_steps(path) or any((path / file).exists() for file in (MARK, "_METADATA")):
-            return False
-        if (path / "checkpoint").exists() or any(path.glob("*.index")):
-            return True
-        raise ValueError(
-            f"{path} holds no finished checkpoint, neither of Orbax nor of TF1. Pass a run, one "
-            "checkpoint, or a prefix such as model.ckpt-20"
-        )
-    if path.exists() or Path(f"{path}.index").exists():
-        return True
-    known = sorted(file.name for file in path.parent.glob("*") if file.suffix != ".meta")[:9]
-    there = f". {path.parent} has {', '.join(known)}" if known else ""
-    raise FileNotFoundError(f"{path} does not exist{there}")
-
-
-def load_tensorflow() -> None:
-    """Load it without what its libraries print about this machine."""
-    sys.stderr.flush()
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        importlib.import_module("tensorflow")
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
-
-
 def tf1_leaves(path: Path) -> list[Leaf]:
     """The variables of a checkpoint of TF1, by name."""
-    from emaopt.tf1 import inspect  # for Orbax, TensorFlow need not be there
+    from emaopt.tf1 import inspect
 
     load_tensorflow()
     return [Leaf(v.name, v.shape, v.dtype, v.role, size(v.shape, v.dtype)) for v in inspect(path)]
@@ -165,12 +125,12 @@ def table(leaves: list[Leaf], width: int | None) -> list[str]:
         widths[0] = max(min(widths[0], room // 2), room - widths[4])
         widths[4] = room - widths[0]
     lines = []
-    for name, dims, dtype, size, what in rows:
+    for name, dims, dtype, length, what in rows:
         cells = (
             f"{_cut(name, widths[0]):{widths[0]}}",
             f"{dims:{widths[1]}}",
             f"{dtype:{widths[2]}}",
-            f"{size:>{widths[3]}}",
+            f"{length:>{widths[3]}}",
             _cut(what, widths[4]),
         )
         lines.append("  ".join(cells))
@@ -182,20 +142,3 @@ def _cut(text: str, width: int) -> str:
         return text
     start = (width - 1) // 2
     return f"{text[:start]}…{text[start + 1 - width :]}"
-
-
-def size(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of the values; of strings, only their number is known."""
-    return math.prod(shape) * jnp.dtype(dtype).itemsize
-
-
-def parts(sizes: dict[Any, int], at_once: int) -> Iterator[list[Any]]:
-    """The keys in groups of so many bytes, to be read one after the other."""
-    part, used = [], 0
-    for key, bytes_ in sizes.items():
-        if part and used + bytes_ > at_once:
-            yield part
-            part, used = [], 0
-        part.append(key)
-        used += bytes_
-    yield part

@@ -1,0 +1,1 @@
+"""The seven optimizers of TF1, clipping, and the learning rate."""

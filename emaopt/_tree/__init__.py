@@ -1,0 +1,1 @@
+"""Leaves, names, numbers, devices and checks: what every wing stands on."""

@@ -1,0 +1,85 @@
+"""Checks of arguments, and what their errors say."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .numbers import is_concrete
+from .paths import Tree, is_none, leaf_names
+
+
+def check_shape(leaf: str, **arrays) -> None:
+    """Raise unless all arrays are there and have the shape of the first."""
+    (first, array), *others = arrays.items()
+    for name, other in others:
+        if other is None or np.shape(other) != np.shape(array):
+            has = "nothing" if other is None else f"shape {np.shape(other)}"
+            raise ValueError(
+                f"{name} has {has} at leaf {leaf!r} where {first} has {np.shape(array)}. "
+                f"Pass {first} and {name} made from the same parameters."
+            )
+
+
+def check_floating(name: str, tree: Tree) -> None:
+    """Raise unless all leaves are floating-point numbers; absent ones may be."""
+    for leaf, x in zip(leaf_names(tree), jax.tree.leaves(tree, is_leaf=is_none), strict=True):
+        if x is None:
+            continue
+        check_array(leaf, x, name)
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {jnp.result_type(x)} at leaf {leaf!r}; an optimizer needs "
+                "floating-point numbers. Pass parameters alone (nnx.state(model, nnx.Param), "
+                'variables["params"]), or leave it out: optax.masked(optimizer, mask).'
+            )
+
+
+def check_array(leaf: str, x, name: str) -> None:
+    """Raise unless a leaf is an array or a number; a module may have strings and functions."""
+    if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
+        raise ValueError(
+            f"{name} has a {type(x).__name__} at leaf {leaf!r}, which is no array. Pass the arrays "
+            "alone: of an Equinox module, eqx.filter(model, eqx.is_inexact_array); of an NNX one, "
+            "nnx.state(model, nnx.Param)."
+        )
+
+
+def check(name: str, value, good: Callable, wanted: str) -> None:
+    """Raise unless a hyper-parameter is in range; a traced one cannot be looked at."""
+    if not is_concrete(value):
+        return
+    try:
+        fine = np.all(good(np.asarray(value)))
+    except TypeError:  # not a number
+        fine = False
+    if not fine:
+        raise ValueError(f"{name}={value!r} is out of range. Pass {wanted}.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about a name that is not known."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_unique(names: Iterable[str], leaves: Iterable[Any]) -> None:
+    """Raise if two leaves have the same name, showing both."""
+    seen: dict[str, Any] = {}
+    for name, leaf in zip(names, leaves, strict=True):
+        if name in seen:
+            raise ValueError(
+                f"two leaves are named {name!r}: {describe(seen[name])} and {describe(leaf)}. "
+                "Rename one: a '/' inside a dict key collides with nesting."
+            )
+        seen[name] = leaf
+
+
+def describe(leaf) -> str:
+    """A leaf in an error message: dtype and shape."""
+    if hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return repr(leaf)

@@ -1,0 +1,34 @@
+"""Dtypes and scalars. State is never narrower than float32 unless the user asks: `wide`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def is_inexact(x) -> bool:
+    """Whether a leaf holds floating-point or complex numbers: no integer, boolean or key."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def dtype_of(leaf) -> Any:
+    """The dtype of a leaf, which may be a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def wide(dtype) -> np.dtype:
+    """The dtype of state and arithmetic for values of `dtype`: float32 or wider."""
+    enough = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
+    return jnp.dtype(dtype if enough else jnp.float32)
+
+
+def is_concrete(x) -> bool:
+    """Whether a value is known now, so that it can be checked: a number or array, not traced."""
+    return not isinstance(x, Tracer)
+
+
+def scalar(x, dtype):
+    """A hyper-parameter rounded to `dtype` before anything is computed with it."""
+    return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)[()]
