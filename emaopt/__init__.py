@@ -3,7 +3,9 @@
 See the README; each name says where it comes from.
 """
 
-import importlib.metadata
+from importlib import import_module as _import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
 from ._average.decays import (
     Decay as Decay,
@@ -71,4 +73,32 @@ from ._optimizers.steps import (
 from ._tree.packing import pack as pack, unpack as unpack, unpacked as unpacked
 
 
-__version__ = importlib.metadata.version("emaopt")
+__version__ = _version("emaopt")
+
+# Loaded at first use: each of them needs a package of its own, or is not needed in training.
+_ROOMS = ("checkpoint", "posthoc", "presets", "summary", "synthesize", "tf1")
+
+if TYPE_CHECKING:
+    from . import (
+        checkpoint as checkpoint,
+        posthoc as posthoc,
+        presets as presets,
+        summary as summary,
+        synthesize as synthesize,
+        tf1 as tf1,
+    )
+else:  # a type checker that saw this would take every misspelt name for something
+
+    def __getattr__(name):
+        if name in _ROOMS:
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module 'emaopt' has no attribute {name!r}")
+
+
+del TYPE_CHECKING
+
+_PUBLIC = sorted({name for name in globals() if not name.startswith("_")} | set(_ROOMS))
+
+
+def __dir__() -> list[str]:
+    return [*_PUBLIC, "__version__"]

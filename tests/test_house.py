@@ -12,81 +12,52 @@ import emaopt
 
 HOUSE = Path(emaopt.__file__).parent
 FILES = {str(path.relative_to(HOUSE)): path for path in sorted(HOUSE.rglob("*.py"))}
-CORE = {
-    "_tree",
-    "_rounding",
-    "_ledger",
-    "_schedules",
-    "_packing",
-    "_clip",
-    "_rule",
-    "_optimizers",
-    "_ema",
-    "_averages",
-    "_healing",
-    "_feedback",
-    "_statistics",
-    "_training",
-    "_names",
-}
 LIGHT = {"jax", "numpy", "optax"}
-# room: what it may import from this package, and from others; the rooms of a folder are one
+# room: the rooms that it may import, and the packages of others; ground floor first
 ROOMS = {
     "_tree": (set(), LIGHT),
-    "_schedules": ({"_tree"}, LIGHT),
-    "_packing": ({"_tree"}, LIGHT),
-    "_clip": ({"_tree", "_packing"}, LIGHT),
-    "_rule": ({"_tree", "_schedules"}, LIGHT),
-    "_optimizers": ({"_tree", "_rule"}, LIGHT),
-    "_rounding": (set(), LIGHT),
-    "_ledger": ({"_rounding"}, LIGHT),
-    "_ema": ({"_tree", "_schedules", "_rounding", "_ledger"}, LIGHT),
-    "_averages": ({"_tree", "_ema"}, LIGHT),
-    "_healing": ({"_tree", "_ema"}, LIGHT),
-    "_feedback": ({"_tree", "_averages"}, LIGHT),
-    "_statistics": ({"_tree", "_schedules", "_ema"}, LIGHT),
-    "_training": ({"_tree"}, LIGHT),
-    "_names": ({"_tree", "_ema", "_rule", "_packing"}, LIGHT),
-    "checkpoint": (
-        {"_tree", "_ema", "_averages", "_names"},
-        LIGHT | {"orbax", "etils", "safetensors"},
-    ),
-    "posthoc": ({"_tree", "_schedules"}, {"jax", "numpy"}),
-    "presets": ({"_tree", "_schedules", "posthoc"}, {"jax"}),
-    "tf1": ({"_tree", "_names", "_ema", "_averages"}, LIGHT | {"tensorflow"}),
-    "summary": (
-        {"_tree", "_schedules", "_clip", "_rule", "_averages", "_names"},
-        LIGHT | {"tensorboardX"},
-    ),
-    "demo": ({"", "checkpoint"}, LIGHT | {"flax", "matplotlib", "orbax", "sklearn", "tqdm"}),
-    "listing": ({"_tree", "_names", "checkpoint", "tf1"}, LIGHT | {"etils"}),
-    "convert": (
-        {"_tree", "_names", "_ema", "_rule", "checkpoint", "tf1", "listing"},
+    "_average": ({"_tree"}, LIGHT),
+    "_optimizers": ({"_tree", "_average"}, LIGHT),
+    "_names": ({"_tree", "_average", "_optimizers"}, LIGHT),
+    "presets": ({"_tree", "_average"}, {"jax"}),
+    "posthoc": ({"_tree", "_average"}, {"jax", "numpy"}),
+    "checkpoint": ({"_tree", "_average"}, LIGHT | {"orbax", "etils", "safetensors"}),
+    "tf1": ({"_tree", "_average", "_names"}, LIGHT | {"tensorflow"}),
+    "summary": ({"_tree", "_average", "_optimizers", "_names"}, LIGHT | {"tensorboardX"}),
+    "synthesize": (
+        {"_tree", "_average", "checkpoint", "posthoc"},
         LIGHT | {"etils", "orbax", "tqdm"},
     ),
-    "synthesize": (
-        {"_tree", "_schedules", "checkpoint", "posthoc", "listing"},
-        LIGHT | {"etils", "orbax", "tqdm", "matplotlib"},
+    "__init__": ({"_tree", "_average", "_optimizers", "_names"}, set()),
+    "_commands": (
+        {"", "_tree", "_average", "_optimizers", "_names"}
+        | {"checkpoint", "posthoc", "synthesize", "tf1"},
+        LIGHT | {"etils", "flax", "matplotlib", "orbax", "sklearn", "tqdm"},
     ),
-    "diff": (
-        {"_tree", "_names", "checkpoint", "listing", "convert", "tf1"},
-        {"numpy", "etils"},
-    ),
-    "__main__": ({"", "demo", "listing", "convert", "synthesize", "diff"}, set()),
-    "__init__": (CORE, set()),
+    "__main__": ({"", "_commands"}, set()),
+}
+# inside a folder: its floors, ground floor first; a file may import those of the floors below
+FLOORS = {
+    "_tree": "paths numbers | leaves checks devices | packing",
+    "_average": "decays rounding | profile ledger | ema | find healing statistics | feedback host",
+    "_optimizers": "builder clip learning_rate steps | rules",
+    "checkpoint": "_index _leaf _digest _run | _stored | _items | __init__",
+    "posthoc": "_fit _sum | __init__",
+    "tf1": "_rename | _files | __init__",
+    "summary": "_graph _histogram | _writer | __init__",
+    "synthesize": "_sources | __init__",
+    "_commands": "paths | convert | ls diff demo synthesize",
 }
 # jax loads etils itself
 HEAVY = set.union(*(packages for _, packages in ROOMS.values())) - LIGHT - {"etils"}
 
 
-def room_of(file):
-    return Path(file).parts[0].removesuffix(".py")
-
-
 def imports(file):
     """The modules that a file imports, in full; "emaopt" itself for the public package."""
     package = ["emaopt", *Path(file).parts[:-1]]
-    for node in ast.walk(ast.parse(FILES[file].read_text())):
+    tree = ast.parse(FILES[file].read_text())
+    tree.body = [node for node in tree.body if not isinstance(node, ast.If)]  # for types alone
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -95,18 +66,49 @@ def imports(file):
             yield from (".".join([*above, module]) for module in modules)
 
 
+def place_of(module):
+    """Room and file of a module of ours: `emaopt._tree.leaves` is ("_tree", "leaves")."""
+    _, *rest = module.split(".")
+    room, *inside = rest or [""]
+    return room, inside[0] if inside else "__init__"
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_room_imports_only_what_it_may(file):
-    room = room_of(file)
-    ours, others = set(), set()
-    for first, *rest in (module.split(".") for module in imports(file)):
-        if first == "emaopt":
-            ours.add(rest[0] if rest else "")
-        elif first not in sys.stdlib_module_names:
-            others.add(first)
+    room = Path(file).parts[0].removesuffix(".py")
+    modules = list(imports(file))
+    ours = {place_of(module)[0] for module in modules if module.split(".")[0] == "emaopt"}
+    others = {module.split(".")[0] for module in modules} - {"emaopt"} - sys.stdlib_module_names
     allowed, packages = ROOMS[room]
     assert ours - {room} <= allowed
     assert others <= packages
+
+
+def test_rooms_stand_in_the_order_of_their_floors():
+    below = {""}  # the public package, which the commands use
+    for room, (allowed, _) in ROOMS.items():
+        assert allowed <= below, room
+        below.add(room)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if len(Path(file).parts) > 1])
+def test_a_file_imports_only_from_the_floors_below_it(file):
+    room, name = Path(file).parts[0], Path(file).parts[1].removesuffix(".py")
+    if name == "__init__" and "__init__" not in FLOORS[room]:
+        assert list(imports(file)) == []  # says what the folder is, no more
+        return
+    floors = [floor.split() for floor in FLOORS[room].split("|")]
+    own = next(i for i, floor in enumerate(floors) if name in floor)
+    below = {name for floor in floors[:own] for name in floor}
+    places = {place_of(module) for module in imports(file) if module.startswith("emaopt")}
+    inside = {there for there_room, there in places if there_room == room}
+    assert inside - {name} <= below  # what is below a folder inside a room is its own
+
+
+def test_floors_name_files_that_are_there():
+    for room, floors in FLOORS.items():
+        there = {Path(f).parts[1].removesuffix(".py") for f in FILES if Path(f).parts[0] == room}
+        assert set(floors.replace("|", " ").split()) | {"__init__"} == there | {"__init__"}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -115,34 +117,63 @@ def test_a_file_is_short_enough_to_read(file):
     assert lines <= 350
 
 
-def test_importing_the_package_loads_no_room():
-    code = "import sys, emaopt; print(*sys.modules)"
+def loaded_by(code):
+    """The packages that are loaded after some code in a new process."""
+    code += "; import sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {module.split(".")[0] for module in run.stdout.split()}
-    assert not loaded & HEAVY
+    return {module.split(".")[0] for module in run.stdout.splitlines()[-1].split()}
 
 
-PUBLIC = {name: value for name, value in vars(emaopt).items() if not name.startswith("_")}
+def test_importing_the_package_loads_jax_numpy_and_optax_only():
+    assert not loaded_by("import emaopt") & HEAVY
+
+
+@pytest.mark.parametrize("command", ["", "demo", "ls", "convert", "synthesize", "diff"])
+def test_help_loads_nothing_heavy(command):
+    code = (
+        "import contextlib, emaopt.__main__ as m; s = contextlib.suppress(SystemExit); "
+        f"s.__enter__(); m.main([*{command!r}.split(), '--help'])"
+    )
+    run = f"import contextlib\nwith contextlib.suppress(SystemExit):\n    exec({code!r})\npass"
+    assert not loaded_by(run) & HEAVY
+
+
+def test_a_room_is_an_attribute_of_the_package():
+    code = "import emaopt; print(emaopt.checkpoint.save.__name__, emaopt.posthoc.window(1, 1)[1])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "save 1.0\n"
+
+
+def test_completion_offers_what_there_is_and_nothing_else():
+    public = {name for name in dir(emaopt) if not name.startswith("_")}
+    assert public == EXPORTED | set(emaopt._ROOMS)
+    assert {room for room in ROOMS if not room.startswith("_")} == set(emaopt._ROOMS)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error_with_a_hint():
+    with pytest.raises(AttributeError, match="has no attribute 'checkpoints'"):
+        _ = emaopt.checkpoints
+    assert not hasattr(emaopt, "importlib")
+
+
 EXPORTED = {
     alias.name
     for node in ast.parse(FILES["__init__.py"].read_text()).body
     if isinstance(node, ast.ImportFrom)
     for alias in node.names
-    if alias.name == alias.asname
+    if alias.name == alias.asname and not alias.name.startswith("_")
 }
 
 
 @pytest.mark.parametrize("name", sorted(EXPORTED))
 def test_a_public_name_has_a_docstring_with_an_example(name):
-    value = PUBLIC[name]
+    value = getattr(emaopt, name)
     assert value.__doc__
     record = isinstance(value, type) and issubclass(value, tuple)
     assert record or ">>>" in value.__doc__
 
 
 def test_names_are_listed_once():
-    modules = {"importlib"} | {room for room in CORE | set(ROOMS) if room in PUBLIC}
-    assert set(PUBLIC) - modules == EXPORTED
     assert not [file for file, path in FILES.items() if "__all__" in path.read_text()]
 
 
