@@ -1,23 +1,19 @@
 """The guides, the notebooks and the reference as one site: `sphinx-build -W -c docs . site/html`.
 
 The sources stand where GitHub shows them: the README is the front page, and every link between
-them works here and there. Docstrings are plain text with `code` and examples; `rst` makes of them
-what Sphinx takes. A public name that no page documents is an error.
+them works here and there. Docstrings are in Google's form, which napoleon reads. A public name that
+no page documents is an error, and so is a link that leads nowhere.
 """
 
 import ast
 import contextlib
 import html
 import importlib.util
-import inspect
 import io
-import itertools
 import os
 import pkgutil
 import re
-import textwrap
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import emaopt
@@ -26,9 +22,9 @@ import emaopt
 project = "emaopt"
 version = release = emaopt.__version__
 root_doc = "README"
-include_patterns = ["*.md", "docs/**", "notebooks/*", "benchmarks/*.md"]
+include_patterns = ["*.md", "docs/**", "notebooks/*", "benchmarks/**.md"]
 exclude_patterns = ["**/.*", "**/*.py"]
-extensions = ["sphinx.ext.autodoc", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
 html_theme = "furo"
 html_static_path = html_css_files = ["site.css"]
 html_title = "emaopt"
@@ -41,6 +37,10 @@ myst_heading_anchors = 3
 autodoc_mock_imports = [
     name for name in ("tensorflow", "tensorboardX", "tqdm") if not importlib.util.find_spec(name)
 ]
+autodoc_typehints = "none"  # `Args:` says what each is, in fewer words than ArrayLike's union
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+default_role = "py:obj"  # `name` is code, and a link if it is a name of ours
 highlight_language = "none"
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
@@ -106,94 +106,6 @@ ROOMS = ["emaopt"] + [
 ]
 
 
-def targets(module: str) -> dict[str, str]:
-    """What the code in a docstring may name, and the full name of it; shorter names are nearer."""
-    found = {room: room for room in ROOMS}
-    for room in (*ROOMS, module):
-        for name in public(room) if room in ROOMS else ():
-            full = f"{room}.{name}"
-            found |= {full: full, full.removeprefix("emaopt."): full}
-            if room == module:
-                found[name] = full
-    return found
-
-
-def rst(text: str, links: dict[str, str]) -> str:
-    """A docstring as reStructuredText: inline code, blocks of code, examples; all else is text."""
-    blocks: list[str] = []
-    for block in re.split(r"\n\s*\n", text.strip("\n")):
-        if blocks and block.startswith("    ") and blocks[-1].startswith("    "):
-            blocks[-1] += f"\n\n{block}"
-        else:
-            blocks.append(block)
-    return "\n\n".join(_block(block, links) for block in blocks)
-
-
-def _block(block: str, links: dict[str, str]) -> str:
-    if block.startswith(">>>"):
-        return block
-    if block.startswith("    "):
-        return f".. code-block:: python\n\n{block}"
-    text, *rest = re.split(r"`([^`]+)`", block)
-    pieces = [_plain(text)]
-    for code, text in zip(rest[::2], rest[1::2], strict=True):
-        named = links.get(code.partition("(")[0])
-        pieces.append(f":py:obj:`{code} <{named}>`" if named else f"``{code}``")
-        pieces.append("\\ " * bool(re.match(r"\w", text)) + _plain(text))
-    return "".join(pieces)
-
-
-def _plain(text: str) -> str:
-    """Text in which nothing but an emphasized word has a meaning."""
-    return re.sub(r"(\*\w+\*)|([\\|_*])", lambda found: found[1] or "\\" + found[2], text)
-
-
-def written(obj: Any) -> tuple[str, str]:
-    """The signature as the source has it: `ArrayLike`, and not all that it stands for."""
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(obj))).body
-    if isinstance(node, ast.ClassDef):
-        body = {getattr(part, "name", None): part for part in node.body}
-        if "__init__" not in body:
-            fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-            return f"({', '.join(map(ast.unparse, fields))})", ""
-        node = body["__init__"]
-    assert isinstance(node, ast.FunctionDef)
-    arguments = [a for a in node.args.args if a.arg != "self"]
-    node.args.args = arguments
-    returns = ast.unparse(node.returns).strip("'") if node.returns else ""
-    return f"({ast.unparse(node.args)})", returns
-
-
-def said_of(module: str, name: str) -> str:
-    """The string below an assignment, in any file of the module."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin
-    for path in Path(spec.origin).parent.glob("*.py"):
-        body = ast.parse(path.read_text()).body
-        for node, after in itertools.pairwise(body):
-            assigned = isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name
-            if assigned and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                return str(after.value.value)
-    raise LookupError(f"{module}.{name} has no text below it")
-
-
-def _docstring(app, what, name, obj, options, lines):
-    del app, options
-    room = name
-    while room not in ROOMS:
-        room = room.rpartition(".")[0]
-    own = {name} | set(inspect.signature(obj).parameters if callable(obj) else ())
-    text = said_of(room, name.rpartition(".")[2]) if what == "data" else "\n".join(lines)
-    links = {short: full for short, full in targets(room).items() if not {short, full} & own}
-    lines[:] = rst(text, links).split("\n")
-
-
-def _signature(app, what, name, obj, options, signature, returns):
-    del app, name, options, signature, returns
-    return None if what in ("module", "data", "attribute") else written(obj)
-
-
 def _contents(app, document, source):
     del app
     source[0] += CONTENTS.get(document, "")
@@ -202,25 +114,21 @@ def _contents(app, document, source):
 
 
 def _linked(app, document):
-    """`emaopt.name` becomes a link, and the names in the first column of the overview's tables."""
+    """Link `emaopt.name`, and in the overview every public name, to the reference."""
     from docutils import nodes
     from sphinx.addnodes import pending_xref
 
-    names = targets("emaopt") if app.env.docname == "docs/overview" else {}
+    overview = app.env.docname == "docs/overview"
+    names = {f"{room}.{name}" for room in ROOMS for name in public(room)}
     for literal in list(document.findall(nodes.literal)):
-        code = literal.astext()
-        cell = literal.parent.parent
-        first = isinstance(cell, nodes.entry) and cell.parent.index(cell) == 0
-        if not isinstance(literal.parent, (nodes.reference, pending_xref)) and (
-            first or code.startswith("emaopt.")
-        ):
-            named = (names or targets("")).get(code.partition("(")[0])
-            if named:
-                link = pending_xref(
-                    "", literal.deepcopy(), refdomain="py", reftype="obj", reftarget=named
-                )
-                link["refdoc"], link["refexplicit"] = app.env.docname, True
-                literal.replace_self(link)
+        name = literal.astext().partition("(")[0]
+        full = f"emaopt.{name}" if overview and not name.startswith("emaopt.") else name
+        if full in names and not isinstance(literal.parent, (nodes.reference, pending_xref)):
+            link = pending_xref(
+                "", literal.deepcopy(), refdomain="py", reftype="obj", reftarget=full
+            )
+            link["refdoc"], link["refexplicit"] = app.env.docname, True
+            literal.replace_self(link)
 
 
 def _check(app, env):
@@ -281,8 +189,6 @@ def setup(app) -> None:
             return [nodes.literal_block(text=printed.getvalue(), language="text")]
 
     app.add_directive("help", Help)
-    app.connect("autodoc-process-docstring", _docstring)
-    app.connect("autodoc-process-signature", _signature)
     app.connect("source-read", _contents)
     app.connect("doctree-read", _linked)
     app.connect("env-check-consistency", _check)

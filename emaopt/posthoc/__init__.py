@@ -4,7 +4,7 @@ An average is a sum of all past parameters with weights that its decay alone dec
 (`emaopt.profile`). A sum of snapshots of averages therefore has a known profile too, and least
 squares makes that the profile of an average that was never computed. `weights` gives the factors,
 `residual` how well they fit, before a single parameter is read; `synthesize` adds up. Karras et
-al., arXiv:2312.02696, for power averages; here for any decay and any target.
+al., arXiv:2312.02696, for power averages; here for any decay and any target::
 
     weights = posthoc.weights(steps, gammas, at=steps[-1], target=posthoc.gamma(0.15))
     params = posthoc.synthesize(snapshots, weights)

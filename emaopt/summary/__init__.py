@@ -1,4 +1,4 @@
-"""Summaries for TensorBoard: what to know of a run, as scalars, histograms, texts and a graph.
+"""Summaries for TensorBoard: what to know of a run, as scalars, histograms, texts and a graph::
 
     @jax.jit
     def step(params, opt_state, *batch):

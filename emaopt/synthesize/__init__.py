@@ -1,4 +1,4 @@
-"""Another average from the checkpoints of a run, after training: `emaopt.posthoc` on disk.
+"""Another average from the checkpoints of a run, after training: `emaopt.posthoc` on disk::
 
     run = Run("/run")                                # what the averages are, their ledgers say
     run.write("/out", target=posthoc.gamma(0.15))
