@@ -1,6 +1,19 @@
-"""The average of the parameters, clipping, and TF1's optimizers, for `optax.chain`.
+"""Average the parameters of a model, and train as TensorFlow 1 did, with pieces for `optax.chain`.
 
-See the README; each name says where it comes from.
+    optax.chain(clip_by_global_norm(1.0),  momentum(rate, 0.9),  ema(warmup(0.999)))
+                      |                        |     |            |       |
+                 a clipping          a rule of TF1  a schedule   the    a decay: a function of
+                                                              average   t, the number of updates
+
+    average(params, opt_state)   find the average in any state, to evaluate with
+    swap(params, opt_state)      exchange parameters and averages, without loss
+    names(opt_state)             TF1's name of every leaf: conv/kernel/Momentum
+    profile(decay, t)            the weights that an average gives to past parameters
+    pack(params)                 a view: many small leaves as one array
+
+Beside it, each loaded at first use: `checkpoint` (Orbax), `tf1` (TensorFlow 1's checkpoints),
+`posthoc` and `synthesize` (averages chosen after training), `presets` (other libraries' decays),
+`summary` (TensorBoard). Example: see `ema`.
 """
 
 from importlib import import_module as _import_module

@@ -196,7 +196,10 @@ def test_scalars_are_pure_compile_once_and_follow_the_mesh():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"clip": optax.clip(1.0)}, "clip is given without grads. Pass the gradients from before"),
+        (
+            {"clip": optax.clip(1.0)},
+            "clip is given without grads. Pass grads=, the gradients before",
+        ),
         ({"loss": jnp.ones(3)}, r"loss is float32\[3\], no scalar. Pass a number, such as a mean"),
         ({"loss": "low"}, "loss is 'low', no scalar"),
         ({"key": jax.random.key(0)}, r"key is key<fry>\[\], no scalar"),

@@ -1,4 +1,4 @@
-"""Summaries for TensorBoard: what to know of a run, as scalars, histograms, texts and a graph::
+"""Write summaries for TensorBoard: scalars, histograms, texts and the graph of a run::
 
     @jax.jit
     def step(params, opt_state, *batch):
@@ -12,7 +12,8 @@
             if i % 100 == 0:
                 log.write(scalars)
 
-`scalars` is pure, and what it returns stays on the device until it is written. TF1's `tf.summary`.
+`scalars` is a pure function. Its results stay on the device until they are written. The counterpart
+of TF1's `tf.summary`.
 """
 
 from collections import Counter
@@ -36,7 +37,10 @@ from emaopt._tree.paths import Tree, key_name
 from ._writer import STEP, Writer as Writer, check_scalars, writer as writer
 
 
-_KEPT = (GetAttrKey("hyperparams"), GetAttrKey("measurements"))  # by optax, in dicts
+# the fields in which optax.inject_hyperparams and optax.monitor keep dicts of values
+_KEPT = (GetAttrKey("hyperparams"), GetAttrKey("measurements"))
+# Unclipped gradients are still multiplied and divided by the bound, as in TF1. They may differ in
+# the last bits, which must not count as clipped.
 _ROUNDING = 2.0**-20
 
 
@@ -50,24 +54,46 @@ def scalars(
     decay: DecayLike | Mapping[str, DecayLike] | None = None,
     **values: Any,
 ) -> dict[str, jax.Array]:
-    """What there is to know after an update, by tag: arrays of shape [].
+    """Compute the scalars that describe a run after an update, by tag.
 
-    From the state: `global_step`; the global norms `params/norm` and `slots/<slot>`; of an average
-    `average/distance`, the norm of its difference from `params`, and what its ledger says (see
-    `describe`), if there are several under `average/<name>/`; and under its own name what
-    `optax.inject_hyperparams` and `optax.monitor` keep.
+    The tags:
 
-    `grads`: for `gradients/norm`. `clip`: the clipping in the chain, for `gradients/clipped_norm`
-    and for `gradients/clipped`, which is 1 if any element was clipped, so that its mean over some
-    steps is the share of those that were. `learning_rate`, `decay`: as the chain was given them, a
-    number or a function, by name where averages differ; the tags have the values of the last
-    update. `values` are passed through, `None` is left out. TF1's `tf.summary.scalar`, of each.
+    * `global_step`: the number of updates so far.
+    * `params/norm`, `slots/<slot>`: global norms of the parameters and of each optimizer slot.
+    * `average/distance`: the global norm of the average minus `params`. Beside it stands what the
+      ledger of the average says. With several averages: `average/<name>/distance`.
+    * `average/decay`, `learning_rate`: the values of the last update, if you pass the functions.
+    * `gradients/norm`, and with `clip` also `gradients/clipped_norm` and `gradients/clipped`: 1 if
+      any element was clipped, else 0. Its mean over many steps is the fraction of clipped steps.
+    * What `optax.inject_hyperparams` and `optax.monitor` keep, under its own name.
 
-    >>> import emaopt
-    >>> opt_state = emaopt.ema(0.5).init({"w": jnp.array([3.0, 4.0])})
-    >>> found = scalars({"w": jnp.array([0.0, 0.0])}, opt_state, loss=jnp.array(0.5))
-    >>> {tag: float(x) for tag, x in found.items()}
-    {'global_step': 0.0, 'params/norm': 0.0, 'average/distance': 5.0, 'loss': 0.5}
+    The counterpart of TF1's `tf.summary.scalar`, called for each of these.
+
+    Args:
+      params: The parameters.
+      opt_state: The state of the optimizer, with or without averages in it.
+      grads: The gradients, before clipping.
+      clip: The clipping transformation in the chain, such as `clip_by_global_norm(1.0)`. Needs
+        `grads`.
+      learning_rate: The learning rate that the optimizer was given: a number or a schedule.
+      decay: The decay that `ema` was given: a number or a function. With several averages, a dict
+        by their names in `averages`.
+      **values: More scalars, such as `loss=loss`. `None` is left out.
+
+    Returns:
+      A dict from tag to an array of shape []. Nothing waits for the device, so the function may be
+      called inside `jax.jit`.
+
+    Raises:
+      ValueError: If a value is no scalar, if `clip` comes without `grads`, or if `decay` names an
+        average that is not in the state.
+
+    Example:
+      >>> import emaopt
+      >>> opt_state = emaopt.ema(0.5).init({"w": jnp.array([3.0, 4.0])})
+      >>> found = scalars({"w": jnp.array([0.0, 0.0])}, opt_state, loss=jnp.array(0.5))
+      >>> {tag: float(x) for tag, x in found.items()}
+      {'global_step': 0.0, 'params/norm': 0.0, 'average/distance': 5.0, 'loss': 0.5}
     """
     step = global_step(opt_state)
     found = {STEP: step, "params/norm": _norm(params)}
@@ -75,7 +101,7 @@ def scalars(
     if grads is not None:
         found |= _of_gradients(grads, clip, params)
     elif clip is not None:
-        raise ValueError("clip is given without grads. Pass the gradients from before clipping.")
+        raise ValueError("clip is given without grads. Pass grads=, the gradients before clipping.")
     if callable(learning_rate):
         learning_rate = learning_rate(jnp.maximum(step - 1, 0))
     values = {"learning_rate": learning_rate, **values}
@@ -85,15 +111,21 @@ def scalars(
 
 
 def _of_slots(opt_state: Tree) -> dict[str, Any]:
-    is_optimizer = lambda node: isinstance(node, OptimizerState)
+    """Compute the global norm of each slot, over all optimizers in the state."""
     slots: dict[str, list[Tree]] = {}
-    for node in jax.tree.leaves(opt_state, is_leaf=is_optimizer):
-        for name, tree in sorted(node.slots.items()) if is_optimizer(node) else ():
-            slots.setdefault(name, []).append(tree)
+    for node in jax.tree.leaves(opt_state, is_leaf=_is_optimizer):
+        if _is_optimizer(node):
+            for name, tree in sorted(node.slots.items()):
+                slots.setdefault(name, []).append(tree)
     return {f"slots/{name}": _norm(trees) for name, trees in slots.items()}
 
 
+def _is_optimizer(node: Any) -> bool:
+    return isinstance(node, OptimizerState)
+
+
 def _of_averages(params: Tree, opt_state: Tree, decay: Any) -> dict[str, Any]:
+    """Compute what there is to know of each average."""
     known = averages(opt_state)
     of_each = dict(decay) if isinstance(decay, Mapping) else dict.fromkeys(known, decay)
     for name in of_each:
@@ -117,9 +149,10 @@ def _of_averages(params: Tree, opt_state: Tree, decay: Any) -> dict[str, Any]:
 
 
 def _kept(opt_state: Tree) -> dict[str, Any]:
-    """Hyper-parameters and measurements; where two have one name, with their places in the state.
+    """Collect the hyper-parameters and measurements that Optax keeps in the state.
 
-    Arrays of more than one element are left out.
+    Two of the same name are told apart by their places in the state. Arrays of more than one
+    element are left out.
     """
     paths = [
         (keys, x)
@@ -127,18 +160,21 @@ def _kept(opt_state: Tree) -> dict[str, Any]:
         if len(keys) > 1 and keys[-2] in _KEPT and jnp.shape(x) == ()
     ]
     times = Counter(key_name(keys[-1]) for keys, _ in paths)
-    place = lambda keys: [key_name(key) for key in keys if not isinstance(key, GetAttrKey)]
-    return {
-        "/".join(place(keys)[-1 if times[key_name(keys[-1])] == 1 else 0 :]): x for keys, x in paths
-    }
+    found = {}
+    for keys, x in paths:
+        name = key_name(keys[-1])
+        if times[name] > 1:
+            name = "/".join(key_name(key) for key in keys if not isinstance(key, GetAttrKey))
+        found[name] = x
+    return found
 
 
 def _of_gradients(grads: Tree, clip: Any, params: Tree) -> dict[str, Any]:
+    """Compute the norm of the gradients, and what clipping does to them."""
     found = {"gradients/norm": _norm(grads)}
     if clip is not None:
         clipped, _ = clip.update(grads, clip.init(params), params)
         pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(clipped), strict=True)
-        # what is not clipped is x * c / c, the same but for rounding
         changed = [jnp.any(jnp.abs(g - c) > _ROUNDING * jnp.abs(c)) for g, c in pairs]
         found["gradients/clipped_norm"] = _norm(clipped)
         found["gradients/clipped"] = jnp.any(jnp.stack(changed)).astype(jnp.float32)
@@ -146,10 +182,12 @@ def _of_gradients(grads: Tree, clip: Any, params: Tree) -> dict[str, Any]:
 
 
 def _norm(tree: Tree) -> jax.Array:
+    """Compute the global norm of the floating-point leaves."""
     return global_norm([x for x in jax.tree.leaves(tree) if _is_floating(x)])
 
 
 def _widened(x: Any) -> Any:
+    """Convert a floating-point leaf to float32 or wider, in which distances are exact enough."""
     return jnp.asarray(x, wide(jnp.result_type(x))) if _is_floating(x) else x
 
 

@@ -1,4 +1,4 @@
-"""A function as TensorBoard's graph: a node for each equation of its jaxpr."""
+"""Draw a function as TensorBoard's graph: one node for each equation of its jaxpr."""
 
 import importlib
 import inspect
@@ -14,7 +14,7 @@ from emaopt._tree.paths import Tree, key_paths
 
 
 def graph_of(function: Callable[..., Any], *args: Any) -> Any:
-    """The GraphDef of `function(*args)`: its arguments, equations and results."""
+    """Build the GraphDef of `function(*args)`: its arguments, equations and results."""
     jaxpr, results = jax.make_jaxpr(function, return_shape=True)(*args)
     named = inspect.signature(function).bind(*args).arguments
     names = [f"arguments/{name}" for tree in named.items() for name in _leaves(*tree)]
@@ -31,11 +31,12 @@ def graph_of(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _leaves(name: str, tree: Tree) -> Iterator[str]:
+    """Name every leaf of an argument or result."""
     return ("/".join((name, *path)) for path in key_paths(tree))
 
 
 def _unwrapped(jaxpr: Jaxpr) -> Jaxpr:
-    """Of a function that is jitted as a whole, what it holds."""
+    """Return the body of a function that is jitted as a whole; otherwise the jaxpr itself."""
     only = jaxpr.eqns[0] if len(jaxpr.eqns) == 1 else None
     if only is None or list(only.invars) != list(jaxpr.invars):
         return jaxpr
@@ -43,21 +44,21 @@ def _unwrapped(jaxpr: Jaxpr) -> Jaxpr:
 
 
 class _Graph:
-    """A GraphDef that grows."""
+    """Add nodes to a GraphDef, each under a unique name."""
 
     def __init__(self):
         self.proto = importlib.import_module("tensorboardX.proto.graph_pb2").GraphDef()
         self.taken: Counter[str] = Counter()
 
     def unique(self, name: str) -> str:
-        """A name that nothing has; a second node of one name gets `_1`, as in TF1."""
+        """Make a name unique: a second node of the same name gets `_1`, as in TF1."""
         parts = (re.sub(r"[^\w.-]+", ".", part).strip("._") for part in name.split("/"))
         name = "/".join(filter(None, parts))
         self.taken[name] += 1
         return name if self.taken[name] == 1 else f"{name}_{self.taken[name] - 1}"
 
     def add(self, name: str, op: str, sources: Sequence[str | None], avals: list[Any]) -> str:
-        """A node; sources that are constants are no edges."""
+        """Add a node. A source of `None` is a constant, which is no edge. Returns the name."""
         node = self.proto.node.add(name=self.unique(name), op=op)
         node.input.extend(dict.fromkeys(source for source in sources if source))
         shapes = node.attr["_output_shapes"].list
@@ -71,11 +72,18 @@ class _Graph:
     def equations(
         self, jaxpr: Jaxpr, sources: Sequence[str | None], scope: str
     ) -> list[str | None]:
-        """The nodes of a jaxpr whose arguments come from `sources`; where its results come from."""
+        """Add a node for each equation of a jaxpr.
+
+        `sources` names the nodes that its arguments come from. Returns the names of the nodes that
+        its results come from.
+        """
         where: dict[Any, str | None] = dict(zip(jaxpr.invars, sources, strict=True))
         for var in jaxpr.constvars:
             where[var] = self.add(f"{scope}/constant", "constant", [], [var.aval])
-        source = lambda x: None if isinstance(x, Literal) else where[x]
+
+        def source(x: Any) -> str | None:
+            return None if isinstance(x, Literal) else where[x]
+
         for equation in jaxpr.eqns:
             inputs = [source(x) for x in equation.invars]
             at = f"{scope}/{equation.source_info.name_stack}"
@@ -92,7 +100,7 @@ class _Graph:
 
 
 def _body(equation: Any) -> Jaxpr | None:
-    """The jaxpr that an equation calls with its own arguments; of `cond` and `while`, none."""
+    """Find the jaxpr that an equation calls with its own arguments; `None` for cond and while."""
     bodies = [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in equation.params.values()]
     bodies = [x for x in bodies if isinstance(x, Jaxpr)]
     if len(bodies) != 1 or len(bodies[0].invars) != len(equation.invars):

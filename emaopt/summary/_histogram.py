@@ -1,4 +1,4 @@
-"""Histograms, counted where the arrays are."""
+"""Count histograms on the device that holds the array."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,12 @@ BINS = 50
 
 
 class Histogram(NamedTuple):
-    """Of the finite elements of an array. `limits`: the upper end of each bin, float32 [BINS]."""
+    """A histogram of the finite elements of an array.
+
+    `least`, `most`: the range, float32 []. `number`: how many elements are finite, int32 [].
+    `total`, `squares`: their sum and the sum of their squares, float32 []. `limits`: the upper end
+    of each bin, float32 [BINS]. `counts`: the elements in each bin, int32 [BINS].
+    """
 
     least: jax.Array
     most: jax.Array
@@ -23,7 +28,10 @@ class Histogram(NamedTuple):
 
 @jax.jit
 def histogram(x: jax.Array) -> Histogram:
-    """Of a floating-point array that has elements; bins of one width, the last with its end."""
+    """Count a non-empty floating-point array into bins of equal width.
+
+    The last bin includes its upper end. NaN and infinity are left out.
+    """
     x = jnp.asarray(x, jnp.float32).ravel()
     finite = jnp.isfinite(x)
     some = jnp.any(finite)

@@ -1,4 +1,4 @@
-"""Event files: what is on the device is fetched at once, and tensorboardX writes it."""
+"""Write event files with tensorboardX. What is on the device is fetched in one transfer."""
 
 import importlib
 import time
@@ -23,11 +23,18 @@ _REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 
 def writer(directory: Any, *, purge_step: int | None = None) -> "Writer":
-    """A `Writer` into a directory, which TensorBoard is pointed to.
+    """Open a `Writer` for a directory that TensorBoard reads: `tensorboard --logdir directory`.
 
-    `purge_step`: of a run that was resumed; TensorBoard drops what the run had written from this
-    step on before it broke off. Of several processes, the first one writes. TF1's
+    With several processes, only the first one writes. The counterpart of TF1's
     `tf.summary.FileWriter`.
+
+    Args:
+      directory: Where the event file goes.
+      purge_step: The step from which a run was resumed. TensorBoard then drops what an earlier,
+        interrupted process wrote for this step and later ones.
+
+    Returns:
+      A `Writer`, which is a context manager.
     """
     try:
         package = importlib.import_module("tensorboardX")
@@ -47,9 +54,9 @@ def writer(directory: Any, *, purge_step: int | None = None) -> "Writer":
 
 
 class Writer:
-    """Writes what TensorBoard shows; a context manager, which closes the file.
+    """Write what TensorBoard shows. As a context manager it closes the file at the end.
 
-    Every method fetches what it writes in one transfer; nothing else waits for the device.
+    Every method fetches what it writes in one transfer. Nothing else waits for the device.
     """
 
     def __init__(self, file: Any):
@@ -70,10 +77,13 @@ class Writer:
     def write(
         self, scalars: Mapping[str, Any] | Iterable[Mapping[str, Any]], step: int | None = None
     ) -> None:
-        """Scalars by tag; of several steps, as a list, the mean of each.
+        """Write scalars by tag. The counterpart of TF1's `FileWriter.add_summary`.
 
-        `step`: by default, the `global_step` among them, of the last one. TF1's
-        `FileWriter.add_summary`.
+        Args:
+          scalars: A dict from tag to a scalar, as `summary.scalars` returns it; or a list of such
+            dicts, of several steps, of which the mean is written.
+          step: The step to write them under. By default the `global_step` among the scalars, the
+            last one of a list.
         """
         each: Iterable[Any] = [scalars] if isinstance(scalars, Mapping) else scalars
         rows = [dict(row) for row in each]
@@ -89,11 +99,16 @@ class Writer:
             self._file.add_scalar(tag, mean, step)
 
     def histograms(self, params: Tree, opt_state: Tree, step: int | None = None) -> None:
-        """A histogram of every floating-point array, under its name in `emaopt.names`.
+        """Write a histogram of every floating-point array, under its name in `emaopt.names`.
 
-        So the average of `conv/kernel` and its slots stand beside it. Counted on the device,
-        without NaN and infinity; an array of shape [] has none. `step`: by default,
-        `emaopt.global_step(opt_state)`. TF1's `tf.summary.histogram`, of each variable.
+        The average of `conv/kernel` and its slots therefore stand beside it. The histograms are
+        counted on the device, without NaN and infinity. An array of shape [] has none. The
+        counterpart of TF1's `tf.summary.histogram`, called for each variable.
+
+        Args:
+          params: The parameters.
+          opt_state: The state of the optimizer.
+          step: The step to write them under. By default `emaopt.global_step(opt_state)`.
         """
         found = {
             name: histogram(x)
@@ -106,14 +121,14 @@ class Writer:
             self._file.add_histogram_raw(name, *(x.tolist() for x in counted), int(at))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """A text, which may be Markdown. TF1's `tf.summary.text`."""
+        """Write a text, which may be Markdown. The counterpart of TF1's `tf.summary.text`."""
         self._file.add_text(tag, text, step)
 
     def graph(self, function: Callable[..., Any], *args: Any) -> None:
-        """The jaxpr of `function(*args)`, as the graph; the arguments may be abstract.
+        """Write the jaxpr of `function(*args)` as the graph; the arguments may be abstract.
 
-        An equation is a node, in the scopes of `jax.named_scope` and of Flax's modules; a function
-        that is called is a scope. TF1's `FileWriter.add_graph`.
+        Each equation is a node, inside the scopes of `jax.named_scope` and of Flax's modules. Each
+        function that is called is a scope. The counterpart of TF1's `FileWriter.add_graph`.
         """
         proto = importlib.import_module("tensorboardX.proto.event_pb2")
         graph = graph_of(function, *args).SerializeToString()
