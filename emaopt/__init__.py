@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from ._average.decays import (
     Decay as Decay,
+    DecayLike as DecayLike,
     after as after,
     debiased as debiased,
     every as every,
@@ -68,7 +69,10 @@ from ._optimizers.clip import (
     clip_by_value as clip_by_value,
     global_norm as global_norm,
 )
-from ._optimizers.learning_rate import exponential_decay as exponential_decay
+from ._optimizers.learning_rate import (
+    LearningRate as LearningRate,
+    exponential_decay as exponential_decay,
+)
 from ._optimizers.rules import (
     adadelta as adadelta,
     adagrad as adagrad,

@@ -13,27 +13,17 @@ import jax
 
 from emaopt._average.ema import EmaState, SwappedEmaState
 from emaopt._optimizers.builder import OptimizerState
+from emaopt._optimizers.rules import KINDS
 from emaopt._tree.checks import check_unique, did_you_mean
 from emaopt._tree.numbers import is_inexact
 from emaopt._tree.packing import check_unpacked
 from emaopt._tree.paths import Tree, is_none, leaf_names
 
 
-# TF1's name for the slots of an optimizer, by its slot names in TF1's order of creation
-_OPTIMIZERS = {
-    (): "GradientDescent",
-    ("momentum",): "Momentum",
-    ("accumulator",): "Adagrad",
-    ("accum", "accum_update"): "Adadelta",
-    ("m", "v"): "Adam",
-    ("accum", "linear"): "Ftrl",
-    ("rms", "momentum"): "RMSProp",
-    ("rms", "mg", "momentum"): "RMSProp",
-}
 AVERAGE = "ExponentialMovingAverage"
 STEP = "global_step"
 _OF_A_VARIABLE = re.compile(
-    rf"(.*)/({'|'.join([kind for slots, kind in _OPTIMIZERS.items() if slots])}|{AVERAGE})(_\d+)?",
+    rf"(.*)/({'|'.join([kind for slots, kind in KINDS.items() if slots])}|{AVERAGE})(_\d+)?",
     re.DOTALL,
 )
 
@@ -81,8 +71,8 @@ def _average_names(state: Any, unique: Callable[[str], str]) -> Any:
 
 
 def _optimizer_names(state: OptimizerState, unique: Callable[[str], str]) -> OptimizerState:
-    declared = next(s for s in _OPTIMIZERS if set(s) == set(state.slots))
-    kind = _OPTIMIZERS[declared]
+    declared = next(s for s in KINDS if set(s) == set(state.slots))
+    kind = KINDS[declared]
     powers = {name: _all(state.powers[name], unique(name)) for name in sorted(state.powers)}
     slots = {
         slot: jax.tree.map(lambda name: unique(f"{name}/{kind}"), _plain(state.slots[slot]))
@@ -153,7 +143,7 @@ def role(name: str, known: Collection[str]) -> tuple[str, str]:
         return f"average of {of}", f"opt_state: {EmaState._fields[1]}/{of}"
     if not kind or variable is None:
         return "variable", f"params: {name}"
-    declared = [slots for slots, other in _OPTIMIZERS.items() if other == kind]
+    declared = [slots for slots, other in KINDS.items() if other == kind]
     last = {slots: f"{of}/{kind}_{len(slots) - 1}" for slots in declared}  # RMSProp has 2 or 3
     slots = next((s for s in reversed(declared) if last[s] in known), declared[0])
     slot = slots[int(number[1:] or 0) % len(slots)]

@@ -24,7 +24,7 @@ from emaopt._average.decays import (
     power as power_function,
     warmup,
 )
-from emaopt._tree.checks import check
+from emaopt._tree.checks import POSITIVE, SHARE, check_scalar, whole
 
 
 def tf1(decay: float, num_updates: bool = False, zero_debias: bool = False) -> Decay:
@@ -231,7 +231,9 @@ def edm2(std: float) -> Decay:
     >>> [round(float(edm2(12**-0.5)(t)), 4) for t in (1, 2, 3)]
     [0.0, 0.5, 0.6667]
     """
-    check("std", std, lambda s: 0 < s <= 12**-0.5, "a number above 0, at most 1/sqrt(12) = 0.2887")
+    check_scalar(
+        "std", std, lambda s: 0 < s <= 12**-0.5, "a number above 0, at most 1/sqrt(12) = 0.2887"
+    )
     return power_function(gamma_of(std))
 
 
@@ -250,7 +252,9 @@ def edm2_traditional(
     >>> [round(float(edm2_traditional(2, 0.5, batch_size=10**6)(t)), 4) for t in (1, 2, 4, 100)]
     [0.25, 0.5, 0.7071, 0.7071]
     """
-    _positive(halflife_Mimg=halflife_Mimg, batch_size=batch_size)
+    _positive(batch_size=batch_size)
+    if rampup_ratio is None or halflife_Mimg != math.inf:
+        _positive(halflife_Mimg=halflife_Mimg)
     updates = halflife_Mimg * 1e6 / batch_size
     if rampup_ratio is None:
         return half_life(updates)
@@ -298,7 +302,7 @@ def _ramp(offset: int, minimum: float, maximum: float) -> Decay:
 
 def _shares(**arguments: float) -> None:
     for name, value in arguments.items():
-        check(name, value, lambda x: x.ndim == 0 and 0 <= x <= 1, "a number from 0 to 1")
+        check_scalar(name, value, *SHARE)
 
 
 def _bounds(**arguments: float) -> None:
@@ -310,10 +314,9 @@ def _bounds(**arguments: float) -> None:
 
 def _positive(**arguments: float) -> None:
     for name, value in arguments.items():
-        check(name, value, lambda x: x > 0, "a number above 0")
+        check_scalar(name, value, *POSITIVE)
 
 
 def _whole(least: int, **arguments: int) -> None:
     for name, value in arguments.items():
-        fine = lambda x: x.dtype.kind in "iu" and x >= least
-        check(name, value, fine, f"a whole number, {least} or more")
+        check_scalar(name, value, *whole(least))

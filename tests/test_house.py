@@ -165,7 +165,10 @@ EXPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(EXPORTED))
+TYPES = {"DecayLike", "LearningRate"}  # other names for types have no docstring
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED - TYPES))
 def test_a_public_name_has_a_docstring_with_an_example(name):
     value = getattr(emaopt, name)
     assert value.__doc__

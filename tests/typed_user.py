@@ -23,6 +23,14 @@ def loss(params: Params, x: jax.Array) -> jax.Array:
     return jnp.sum((params["w"] * x) ** 2)
 
 
+def length(decay: emaopt.DecayLike, updates: int) -> float:
+    return 1 / float(np.square(emaopt.profile(decay, updates)).sum())
+
+
+def shrink(rate: emaopt.LearningRate) -> optax.GradientTransformationExtraArgs:
+    return emaopt.momentum(rate, 0.9)
+
+
 def decays() -> list[emaopt.Decay]:
     length: np.ndarray = emaopt.profile(lambda t: 1 - 1 / t, 10)
     rate = emaopt.Decay(lambda t: 1 / t, lambda t, n: n / t)

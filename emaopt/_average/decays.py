@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from emaopt._tree.checks import check
+from emaopt._tree.checks import POSITIVE, SHARE, check_scalar, whole
 from emaopt._tree.numbers import is_concrete, scalar
 
 
@@ -37,13 +37,12 @@ class Decay:
     exact: bool = True  # False: `over` takes the decay for constant over the n updates
 
     def __call__(self, t: Any) -> Any:
-        check("t", t, lambda t: t >= 1, _COUNTED)
+        check_scalar("t", t, lambda t: t >= 1, _COUNTED)
         return 1 - self.rate(t)
 
 
 DecayLike = float | jax.Array | Callable[[Any], Any]
 
-_SHARE = (lambda x: x.ndim == 0 and 0 <= x <= 1, "a number from 0 to 1")
 _COUNTED = (
     "the number of updates with this one, 1 or more. Optax's schedules count from 0: a decay in "
     'optax.inject_hyperparams needs static_args="decay". To start later: emaopt.after(n, decay)'
@@ -102,7 +101,7 @@ def debiased(decay: DecayLike) -> Decay:
             "Pass a number; a ramp needs no debiasing."
         )
     if not callable(decay):
-        check("decay", decay, lambda d: d < 1, "a number from 0 to below 1")
+        check_scalar("decay", decay, lambda d: d < 1, "a number from 0 to below 1")
 
     def over(t, n):
         t = jnp.maximum(t, n)
@@ -122,7 +121,7 @@ def power(gamma: float) -> Decay:
     >>> [round(float(power(0)(t)), 4) for t in (1, 2, 3, 4)]
     [0.0, 0.5, 0.6667, 0.75]
     """
-    check("gamma", gamma, lambda g: g > -1, "a number above -1")
+    check_scalar("gamma", gamma, lambda g: g > -1, "a number above -1")
 
     def over(t, n):
         t, n = _float(t), _float(n)
@@ -142,10 +141,10 @@ def inverse_gamma(
     >>> [round(float(inverse_gamma(power=1.0)(t)), 4) for t in (1, 2, 3)]
     [0.5, 0.6667, 0.75]
     """
-    check("inv_gamma", inv_gamma, lambda x: x > 0, "a number above 0")
-    check("power", power, lambda x: x > 0, "a number above 0")
-    check("minimum", minimum, *_SHARE)
-    check("maximum", maximum, *_SHARE)
+    check_scalar("inv_gamma", inv_gamma, *POSITIVE)
+    check_scalar("power", power, *POSITIVE)
+    check_scalar("minimum", minimum, *SHARE)
+    check_scalar("maximum", maximum, *SHARE)
     if is_concrete(minimum) and is_concrete(maximum) and minimum > maximum:
         raise ValueError(f"minimum={minimum} is above maximum={maximum}. Swap them.")
 
@@ -166,7 +165,7 @@ def half_life(updates: float) -> Decay:
     >>> float(half_life(1)(7)), round(float(half_life(2)(7)) ** 2, 4)
     (0.5, 0.5)
     """
-    check("updates", updates, lambda x: x > 0, "a number above 0")
+    check_scalar("updates", updates, *POSITIVE)
     log = -math.log(2) / updates
     return Decay(lambda t: _power(log, 1), lambda t, n: _power(log, n))
 
@@ -180,7 +179,7 @@ def every(n: int, decay: DecayLike) -> Decay:
     >>> [round(float(every(2, 0.9)(t)), 4) for t in (1, 2, 3, 4)]
     [1.0, 0.81, 1.0, 0.81]
     """
-    check("n", n, lambda x: x >= 1 and float(x).is_integer(), "a whole number, 1 or more")
+    check_scalar("n", n, *whole(1))
     if is_concrete(n):
         n = int(n)  # a float would be rounded beside a large t
         if n == 1:
@@ -202,7 +201,7 @@ def after(start: int, decay: DecayLike) -> Decay:
     >>> [round(float(after(2, power(0))(t)), 4) for t in (1, 2, 3, 4, 5)]
     [0.0, 0.0, 0.0, 0.5, 0.6667]
     """
-    check("start", start, lambda x: x >= 0, "0 or more")
+    check_scalar("start", start, *whole(0))
     inner = _own(decay)
     copy = lambda t, now: jnp.where(t <= start, 1, now)
     own = lambda t, n: jnp.maximum(t - start, n)
@@ -239,7 +238,7 @@ def _float(x):
 
 
 def _check_number(decay: Any) -> None:
-    check("decay", decay, *_SHARE)
+    check_scalar("decay", decay, *SHARE)
     dtype = jnp.dtype(getattr(decay, "dtype", jnp.float32))
     rounded = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
     if rounded and is_concrete(decay) and decay == 1:
@@ -285,7 +284,9 @@ def gamma(sigma_rel: float) -> float:
     """
     bound = 12**-0.5
     fine = lambda s: (s > 0) & (s <= bound * (1 + 1e-15))
-    check("sigma_rel", sigma_rel, fine, f"a number above 0, at most 1/sqrt(12) = {bound:.4f}")
+    check_scalar(
+        "sigma_rel", sigma_rel, fine, f"a number above 0, at most 1/sqrt(12) = {bound:.4f}"
+    )
     s, v = float(sigma_rel), 1.0
     # with v = sigma_rel * (gamma + 2), v**3 + s*v**2 - v + s = 0; Newton from above the top root
     while (lower := v - (v**3 + s * v**2 - v + s) / (3 * v**2 + 2 * s * v - 1)) < v:
@@ -302,6 +303,6 @@ def sigma_rel(gamma: float) -> float:
     >>> round(18 * sigma_rel(1) ** 2, 12)
     1.0
     """
-    check("gamma", gamma, lambda g: (g > -1) & (g < math.inf), "a number above -1")
+    check_scalar("gamma", gamma, lambda g: (g > -1) & (g < math.inf), "a number above -1")
     g = float(gamma)
     return math.sqrt((g + 1) / (g + 3)) / (g + 2)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from emaopt._tree.checks import check
+from emaopt._tree.checks import check_scalar, whole
 from emaopt._tree.leaves import tree_map
 from emaopt._tree.numbers import is_inexact, wide
 
@@ -38,7 +38,7 @@ def overwrite(
     [8.] [4.]
     [10.] [10.]
     """
-    check("n", n, lambda x: x >= 1 and float(x).is_integer(), "a whole number, 1 or more")
+    check_scalar("n", n, *whole(1))
     if not isinstance(average, optax.GradientTransformation):
         raise ValueError(f"average={average!r} is no transformation. Pass emaopt.ema(decay).")
     inner = optax.with_extra_args_support(average)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from emaopt._tree.checks import check
+from emaopt._tree.checks import check_scalar, whole
 
 from .decays import DecayLike, as_decay
 
@@ -18,7 +18,7 @@ def profile(decay: DecayLike, t: int) -> np.ndarray:
     >>> profile(0.5, 3).tolist()
     [0.125, 0.125, 0.25, 0.5]
     """
-    check("t", t, lambda x: x >= 0 and float(x).is_integer(), "a whole number, 0 or more")
+    check_scalar("t", t, *whole(0))
     return shares(rates(decay, int(t)))
 
 

@@ -11,21 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from emaopt._average.decays import Decay
-from emaopt._tree.checks import check, check_floating, check_shape
+from emaopt._tree.checks import FINITE, NOT_NEGATIVE, SHARE, check, check_floating, check_shape
 from emaopt._tree.devices import beside
 from emaopt._tree.leaves import tree_map, zip_leaves
 from emaopt._tree.numbers import is_concrete, scalar, wide
 from emaopt._tree.paths import Tree, leaf_names
 
 
-NOT_NEGATIVE = (lambda x: x >= 0, "a number, 0 or above")
-_SHARE = (lambda x: (x >= 0) & (x <= 1), "a number from 0 to 1")
-_RANGES = dict.fromkeys(("beta1", "beta2", "decay", "rho"), _SHARE) | {"epsilon": NOT_NEGATIVE}
+_RANGES = dict.fromkeys(("beta1", "beta2", "decay", "rho"), SHARE) | {"epsilon": NOT_NEGATIVE}
 
 
 class OptimizerState(NamedTuple):
@@ -58,7 +55,7 @@ def optimizer(
                 "emaopt.exponential_decay, or Optax's optax.warmup_constant_schedule."
             )
         if not (name == "learning_rate" and callable(value)):
-            check(name, value, *_RANGES.get(name, (np.isfinite, "a finite number")))
+            check(name, value, *_RANGES.get(name, FINITE))
 
     def init(params):
         check_floating("params", params)

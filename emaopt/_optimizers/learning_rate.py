@@ -1,12 +1,14 @@
 """Learning rates: functions of the number of updates before this one, 0, 1, ..."""
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from emaopt._tree.checks import check
+from emaopt._tree.checks import FINITE, NOT_NEGATIVE, POSITIVE, check
 from emaopt._tree.numbers import scalar
+
+
+LearningRate = ArrayLike | optax.Schedule
 
 
 def exponential_decay(
@@ -26,9 +28,9 @@ def exponential_decay(
     >>> [round(float(exponential_decay(1.0, 2, 0.25, True)(step)), 4) for step in (0, 1, 2)]
     [1.0, 1.0, 0.25]
     """
-    check("learning_rate", learning_rate, np.isfinite, "a finite number")
-    check("decay_steps", decay_steps, lambda x: x > 0, "a number above 0")
-    check("decay_rate", decay_rate, lambda x: x >= 0, "0 or more")
+    check("learning_rate", learning_rate, *FINITE)
+    check("decay_steps", decay_steps, *POSITIVE)
+    check("decay_rate", decay_rate, *NOT_NEGATIVE)
     if staircase not in (False, True):
         raise ValueError(
             f"staircase={staircase!r} is neither True nor False. Pass (learning_rate, decay_steps, "

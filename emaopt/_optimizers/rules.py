@@ -12,13 +12,24 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from emaopt._tree.checks import check
+from emaopt._tree.checks import NOT_NEGATIVE, POSITIVE, check
 from emaopt._tree.numbers import is_concrete
 
-from .builder import NOT_NEGATIVE, optimizer
+from .builder import optimizer
+from .learning_rate import LearningRate
 
 
-LearningRate = ArrayLike | optax.Schedule
+# the word that TF1 puts into the names of slots, by the slots in TF1's order of creation
+KINDS = {
+    (): "GradientDescent",
+    ("momentum",): "Momentum",
+    ("accumulator",): "Adagrad",
+    ("accum", "accum_update"): "Adadelta",
+    ("m", "v"): "Adam",
+    ("accum", "linear"): "Ftrl",
+    ("rms", "momentum"): "RMSProp",
+    ("rms", "mg", "momentum"): "RMSProp",
+}
 
 
 def gradient_descent(learning_rate: LearningRate) -> optax.GradientTransformationExtraArgs:
@@ -69,8 +80,7 @@ def adagrad(
     >>> tx.update(jnp.array([3.0]), tx.init(p), p)[0]  # -3 / sqrt(16 + 9)
     Array([-0.6], dtype=float32)
     """
-    positive = (lambda x: x > 0, "a number above 0")
-    check("initial_accumulator_value", initial_accumulator_value, *positive)
+    check("initial_accumulator_value", initial_accumulator_value, *POSITIVE)
 
     def rule(g, p, a, *, learning_rate):
         a = a + g * g
@@ -167,7 +177,7 @@ def ftrl(
     Array([-1.,  0.], dtype=float32)
     """
     if not callable(learning_rate):
-        check("learning_rate", learning_rate, lambda x: x > 0, "a number above 0")
+        check("learning_rate", learning_rate, *POSITIVE)
     check("learning_rate_power", learning_rate_power, lambda x: x <= 0, "a number, 0 or below")
     check("initial_accumulator_value", initial_accumulator_value, *NOT_NEGATIVE)
     check("l1_regularization_strength", l1_regularization_strength, *NOT_NEGATIVE)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,30 @@ import numpy as np
 
 from .numbers import is_concrete
 from .paths import Tree, is_none, leaf_names
+
+
+class Range(NamedTuple):
+    """Say which values an argument may have: a test of an array, and the words for it."""
+
+    holds: Callable[[np.ndarray], Any]
+    wanted: str
+
+
+# State and hyper-parameters are float32 unless asked otherwise, and steps are int32. A number
+# outside of these becomes 0, infinity or another number there.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+LAST_STEP = 2**31 - 1
+
+SHARE = Range(lambda x: (x >= 0) & (x <= 1), "a number from 0 to 1")
+FINITE = Range(lambda x: abs(x) <= _LARGEST, "a finite number")
+NOT_NEGATIVE = Range(lambda x: (x >= 0) & (x <= _LARGEST), "a number, 0 or above")
+POSITIVE = Range(lambda x: (x >= _SMALLEST) & (x <= _LARGEST), "a number above 0")
+
+
+def whole(least: int) -> Range:
+    """Return the range of whole numbers that fit into a step, from `least` on; 3.0 is one."""
+    holds = lambda x: (x >= least) & (x <= LAST_STEP) & (np.floor(x) == x)
+    return Range(holds, f"a whole number from {least} to 2**31 - 1")
 
 
 def check_shape(leaf: str, **arrays) -> None:
@@ -49,15 +73,23 @@ def check_array(leaf: str, x, name: str) -> None:
 
 
 def check(name: str, value, good: Callable, wanted: str) -> None:
-    """Raise unless a hyper-parameter is in range; a traced one cannot be looked at."""
+    """Raise unless all numbers of an argument are in range; traced ones cannot be looked at."""
     if not is_concrete(value):
         return
     try:
-        fine = np.all(good(np.asarray(value)))
+        array = np.asarray(value)
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            array = array.astype(np.float64)  # float16 does not know the bounds of float32
+        fine = np.all(good(array))
     except TypeError:  # not a number
         fine = False
     if not fine:
         raise ValueError(f"{name}={value!r} is out of range. Pass {wanted}.")
+
+
+def check_scalar(name: str, value, good: Callable, wanted: str) -> None:
+    """Raise unless an argument is one number, and in range; a traced one cannot be looked at."""
+    check(name, value, lambda x: x.ndim == 0 and good(x), wanted)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
