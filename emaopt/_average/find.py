@@ -13,8 +13,9 @@ import numpy as np
 
 from emaopt._tree.checks import check_array, check_shape, did_you_mean
 from emaopt._tree.devices import in_memory
+from emaopt._tree.leaves import by_path, from_paths
 from emaopt._tree.numbers import wide
-from emaopt._tree.paths import Params, State, Tree, is_none, key_name, leaf_paths, shared_paths
+from emaopt._tree.paths import KeyPath, Params, State, Tree, key_name, shared_paths
 
 from .ema import EmaState, SwappedEmaState
 
@@ -36,9 +37,9 @@ def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
             "opt_state is swapped: the averages are in params. Evaluate params, or call "
             "params, opt_state = emaopt.swap(params, opt_state) first."
         )
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
     stored = _stored_of_each_leaf(params, opt_state, name)
-    return treedef.unflatten(map(_value, leaves, *zip(*stored, strict=True)))
+    leaves = by_path(params)
+    return from_paths(params, {path: _value(p, *stored[path]) for path, p in leaves.items()})
 
 
 def _value(p, shadow, residue):
@@ -68,18 +69,16 @@ def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Par
     (Array([1.], dtype=float32), Array([3.], dtype=float32))
     """
     stored = _stored_of_each_leaf(params, opt_state, name)
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_none)
-    exchanged = treedef.unflatten(
-        [p if s is None else s for p, (s, _) in zip(leaves, stored, strict=True)]
-    )
-    by_path = dict(zip(leaf_paths(params), leaves, strict=True))
+    leaves = by_path(params)
+    shadows = {path: shadow for path, (shadow, _) in stored.items() if shadow is not None}
+    exchanged = from_paths(params, leaves | shadows)
     chosen = _choose(opt_state, name)
 
     def exchange(state: EmaState | SwappedEmaState) -> EmaState | SwappedEmaState:
-        shadow_leaves, shadow_def = jax.tree.flatten(state.shadow, is_leaf=is_none)
-        paths = leaf_paths(state.shadow)
-        new = [s if s is None else by_path[k] for k, s in zip(paths, shadow_leaves, strict=True)]
-        shadow = shadow_def.unflatten(new)
+        own = by_path(state.shadow)
+        shadow = from_paths(
+            state.shadow, {path: s if s is None else leaves[path] for path, s in own.items()}
+        )
         rest = state.residue, state.ledger
         if isinstance(state, SwappedEmaState):
             return EmaState(state.step, shadow, *rest)
@@ -198,23 +197,24 @@ def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
     return {name: found[name]}
 
 
-def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> list[tuple]:
+def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> dict[KeyPath, tuple]:
     """Shadow and residue of every leaf of `params`, `None` where it has none; by key path.
 
     Averages of different leaves (`optax.partition`) make up one; two of one leaf need a name.
     """
     chosen = _choose(opt_state, name)
-    stored: dict[tuple[str, ...], tuple] = {}
+    stored: dict[KeyPath, tuple] = {}
     for state in chosen.values():
-        residues = dict(zip(leaf_paths(state.residue), _leaves(state.residue), strict=True))
-        for path, shadow in zip(leaf_paths(state.shadow), _leaves(state.shadow), strict=True):
+        residues = by_path(state.residue)
+        for path, shadow in by_path(state.shadow).items():
             if path in stored:
                 raise ValueError(
                     f"name is missing: leaf {'/'.join(path)!r} has several averages. "
                     f"Pass name=, one of: {_listed(chosen)}."
                 )
             stored[path] = shadow, residues.get(path)
-    paths = leaf_paths(params)
+    leaves = by_path(params)
+    paths = list(leaves)
     if paths == [()] and params is not None:
         check_array("", params, "params")  # an NNX module may be no pytree
     _check_there(set(stored), paths)
@@ -225,19 +225,19 @@ def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> lis
                 "averages it in one of them. Pass nnx.state(model); a model of the averages is "
                 "nnx.merge(nnx.graphdef(model), averages)."
             )
-    found = [stored.get(path, (None, None)) for path in paths]
-    if jax.tree.leaves(params) and all(shadow is None for shadow, _ in found):
+    found = {path: stored.get(path, (None, None)) for path in paths}
+    if jax.tree.leaves(params) and all(shadow is None for shadow, _ in found.values()):
         raise ValueError(
             f"opt_state averages no leaf of params: the mask of {_listed(chosen)} leaves out "
             f"{_quoted(paths)}. Pass a mask that is true somewhere."
         )
-    for path, p, (shadow, _) in zip(paths, _leaves(params), found, strict=True):
+    for path, (shadow, _) in found.items():
         if shadow is not None:
-            check_shape("/".join(path), **{"the average": shadow, "params": p})
+            check_shape("/".join(path), **{"the average": shadow, "params": leaves[path]})
     return found
 
 
-def _check_there(averaged: set[tuple[str, ...]], paths: list[tuple[str, ...]]) -> None:
+def _check_there(averaged: set[KeyPath], paths: list[KeyPath]) -> None:
     there = set(paths)
     if averaged <= there:
         return
@@ -255,12 +255,8 @@ def _check_there(averaged: set[tuple[str, ...]], paths: list[tuple[str, ...]]) -
     )
 
 
-def _quoted(paths: Iterable[tuple[str, ...]]) -> str:
+def _quoted(paths: Iterable[KeyPath]) -> str:
     return ", ".join(repr("/".join(path)) for path in paths)
-
-
-def _leaves(tree: Tree) -> list:
-    return jax.tree.leaves(tree, is_leaf=is_none)
 
 
 def _listed(found: dict[str, EmaState]) -> str:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from emaopt._tree.devices import beside, in_memory, stay
-from emaopt._tree.leaves import apply_update, tree_map
+from emaopt._tree.leaves import apply_update, by_path, from_paths, tree_map
 from emaopt._tree.numbers import is_inexact
-from emaopt._tree.paths import Tree, is_none, leaf_paths
+from emaopt._tree.paths import Tree
 
 from .ema import EmaState
 
@@ -50,8 +50,8 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
 
     def update(updates, state, params=None, **extra):
         updates, new = inner.update(updates, state.state, params, **extra)
-        values = _by_path(tree_map(apply_update, params=params, updates=updates))
-        healed = _by_path(state.healed)
+        values = by_path(tree_map(apply_update, params=params, updates=updates))
+        healed = by_path(state.healed)
 
         def mend(before, after):
             if not _is_average(after):
@@ -60,16 +60,16 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
             return jax.tree.map(stay, before, _mend(near, mended, values, healed))
 
         mended = jax.tree.map(mend, state.state, new, is_leaf=_is_average)
-        return updates, HealState(_unflatten(state.healed, healed), mended)
+        return updates, HealState(from_paths(state.healed, healed), mended)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _mend(before: EmaState, after: EmaState, values: dict, healed: dict) -> EmaState:
     """The average after an update, its bad leaves mended; counts what is started again."""
-    shadow, residue = _by_path(after.shadow), _by_path(after.residue)
-    low = _by_path(before.residue)
-    for path, old in _by_path(before.shadow).items():
+    shadow, residue = by_path(after.shadow), by_path(after.residue)
+    low = by_path(before.residue)
+    for path, old in by_path(before.shadow).items():
         if old is None or values[path] is None or not is_inexact(old):
             continue
         value = jnp.asarray(values[path])
@@ -79,7 +79,7 @@ def _mend(before: EmaState, after: EmaState, values: dict, healed: dict) -> EmaS
             residue[path] = _choose(finite, low[path], residue[path], 0)
         healed[path] += (~finite[0] & finite[2]).astype(jnp.int32)
     return after._replace(
-        shadow=_unflatten(after.shadow, shadow), residue=_unflatten(after.residue, residue)
+        shadow=from_paths(after.shadow, shadow), residue=from_paths(after.residue, residue)
     )
 
 
@@ -95,11 +95,3 @@ def _is_average(node) -> bool:
 
 def _is_finite(x):
     return jnp.all(jnp.isfinite(x))
-
-
-def _by_path(tree: Tree) -> dict:
-    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree, is_leaf=is_none), strict=True))
-
-
-def _unflatten(tree: Tree, leaves: dict) -> Tree:
-    return jax.tree.structure(tree, is_leaf=is_none).unflatten(leaves.values())

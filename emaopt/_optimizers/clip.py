@@ -13,10 +13,10 @@ import optax
 from jax.typing import ArrayLike
 
 from emaopt._tree.checks import check
-from emaopt._tree.leaves import tree_map, zip_leaves
+from emaopt._tree.leaves import map_leaves, tree_map, zip_leaves
 from emaopt._tree.numbers import is_concrete, scalar, wide
 from emaopt._tree.packing import check_unpacked
-from emaopt._tree.paths import Tree, leaf_names
+from emaopt._tree.paths import Tree
 
 
 def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTransformation:
@@ -192,12 +192,15 @@ def _check_norm(clip_norm) -> None:
 def _check_axes(axes, updates: Tree) -> None:
     if axes is None:
         return
-    for name, (x,) in zip(leaf_names(updates), zip_leaves(updates=updates)[0], strict=True):
+
+    def look(name: str, x) -> None:
         if x is not None and not all(-np.ndim(x) <= axis < np.ndim(x) for axis in axes):
             raise ValueError(
                 f"axes={axes} is out of range at leaf {name!r}, which has {np.ndim(x)} axes. "
                 "Clip such leaves apart: optax.masked(clip_by_norm(...), mask)."
             )
+
+    map_leaves(look, 0, updates=updates)
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

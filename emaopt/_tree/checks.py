@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .leaves import map_leaves
 from .numbers import is_concrete
-from .paths import Tree, is_none, leaf_names
+from .paths import Tree
 
 
 class Range(NamedTuple):
@@ -50,9 +50,10 @@ def check_shape(leaf: str, **arrays) -> None:
 
 def check_floating(name: str, tree: Tree) -> None:
     """Raise unless all leaves are floating-point numbers; absent ones may be."""
-    for leaf, x in zip(leaf_names(tree), jax.tree.leaves(tree, is_leaf=is_none), strict=True):
+
+    def look(leaf: str, x) -> None:
         if x is None:
-            continue
+            return
         check_array(leaf, x, name)
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             raise ValueError(
@@ -60,6 +61,8 @@ def check_floating(name: str, tree: Tree) -> None:
                 "floating-point numbers. Pass parameters alone (nnx.state(model, nnx.Param), "
                 'variables["params"]), or leave it out: optax.masked(optimizer, mask).'
             )
+
+    map_leaves(look, 0, **{name: tree})
 
 
 def check_array(leaf: str, x, name: str) -> None:

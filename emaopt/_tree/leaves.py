@@ -7,17 +7,42 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .paths import Tree, is_none, leaf_names
+from .paths import KeyPath, Tree, is_none, leaf_names, leaf_paths
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """Return the leaves of a tree in flattening order, absent ones too."""
+    return jax.tree.leaves(tree, is_leaf=is_none)
+
+
+def by_path(tree: Tree) -> dict[KeyPath, Any]:
+    """Return the leaves of a tree, absent ones too, by their key path.
+
+    Raises:
+        ValueError: two leaves have the same path, so a dict would lose one of them.
+    """
+    paths, found = leaf_paths(tree), leaves(tree)
+    named = dict(zip(paths, found, strict=True))
+    if len(named) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"two leaves have the key path {twice}. Rename one of them.")
+    return named
+
+
+def from_paths(tree: Tree, values: dict[KeyPath, Any]) -> Tree:
+    """Return the tree with the value of each key path at its leaf: the inverse of `by_path`."""
+    structure = jax.tree.structure(tree, is_leaf=is_none)
+    return structure.unflatten(values[path] for path in leaf_paths(tree))
 
 
 def zip_leaves(**trees: Tree) -> tuple[list[tuple], Any]:
-    """The leaves of several trees side by side, and the structure of the first tree.
+    """Return the leaves of several trees side by side, and the structure of the first tree.
 
     The keywords are the names that an error uses. A leaf may be `None` in any tree.
     """
     (first, tree), *others = trees.items()
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
-    columns = [leaves]
+    leaves_, treedef = jax.tree.flatten(tree, is_leaf=is_none)
+    columns = [leaves_]
     for name, other in others:
         try:
             columns.append(treedef.flatten_up_to(other))
@@ -27,9 +52,36 @@ def zip_leaves(**trees: Tree) -> tuple[list[tuple], Any]:
 
 
 def tree_map(f: Callable, **trees: Tree) -> Tree:
-    """`f` of the leaves side by side; absent where the leaf of the first tree is absent."""
+    """Return `f` of the leaves side by side; absent where the leaf of the first tree is absent."""
     rows, treedef = zip_leaves(**trees)
     return treedef.unflatten([None if row[0] is None else f(*row) for row in rows])
+
+
+def map_leaves(f: Callable, results: int, **trees: Tree) -> tuple[Tree, ...]:
+    """Return several trees at once, one for each result of `f(name, *leaves)`.
+
+    `f` is called for absent leaves, too: it gets `None` and decides what that means. With
+    `results=0` it only looks at the leaves: what it returns is ignored.
+
+    Args:
+        f: gets the name of a leaf, and the leaf of each tree; returns a tuple of `results` leaves.
+        results: how many trees to return.
+        trees: the trees, by the names that an error uses. The first one has the structure.
+
+    Returns:
+        `results` trees with the structure of the first tree.
+
+    Raises:
+        ValueError: a tree does not have the structure of the first one.
+
+    Example:
+        >>> map_leaves(lambda name, x, y: (x + y, name), 2, a={"w": 1}, b={"w": 2})
+        ({'w': 3}, {'w': 'w'})
+    """
+    rows, treedef = zip_leaves(**trees)
+    names = leaf_names(next(iter(trees.values())))
+    found = [f(name, *row) for name, row in zip(names, rows, strict=True)]
+    return tuple(treedef.unflatten(row[i] for row in found) for i in range(results))
 
 
 def _mismatch(first: str, tree: Tree, name: str, other: Tree, error: Exception) -> str:

@@ -6,6 +6,7 @@ import jax
 
 
 Tree = Any
+KeyPath = tuple[str, ...]
 Params = TypeVar("Params")  # a tree that comes back of the type that it was
 State = TypeVar("State")
 
@@ -20,12 +21,12 @@ def leaf_names(tree: Tree) -> list[str]:
     return ["/".join(path) for path in leaf_paths(tree)]
 
 
-def key_paths(tree: Tree) -> list[tuple[str, ...]]:
+def key_paths(tree: Tree) -> list[KeyPath]:
     """The whole key path of every leaf that is there, as Orbax names it on disk."""
     return [tuple(map(key_name, keys)) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def leaf_paths(tree: Tree) -> list[tuple[str, ...]]:
+def leaf_paths(tree: Tree) -> list[KeyPath]:
     """The key path of every leaf as strings; an NNX Variable's own `value` is not part of it."""
     variables = {keys for keys, _ in _variables(tree)}
     return [
@@ -34,9 +35,9 @@ def leaf_paths(tree: Tree) -> list[tuple[str, ...]]:
     ]
 
 
-def shared_paths(tree: Tree) -> list[list[tuple[str, ...]]]:
+def shared_paths(tree: Tree) -> list[list[KeyPath]]:
     """The key paths of every NNX Variable that a module has in several places: tied weights."""
-    places: dict[int, list[tuple[str, ...]]] = {}
+    places: dict[int, list[KeyPath]] = {}
     for keys, variable in _variables(tree):
         places.setdefault(id(variable), []).append(tuple(map(key_name, keys)))
     return [paths for paths in places.values() if len(paths) > 1]

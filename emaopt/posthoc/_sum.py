@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from emaopt._tree.checks import check_shape
-from emaopt._tree.leaves import zip_leaves
+from emaopt._tree.leaves import by_path, from_paths, tree_map, zip_leaves
 from emaopt._tree.numbers import dtype_of, is_inexact
-from emaopt._tree.paths import Tree, is_none, leaf_names
+from emaopt._tree.paths import KeyPath, Tree
 
 
 FIRST = "the first snapshot"
@@ -18,16 +18,20 @@ class Sum:
     """A sum of trees that are like the first one."""
 
     def __init__(self, first: Tree):
-        leaves, treedef = jax.tree.flatten(first, is_leaf=is_none)
-        abstract = lambda x: None if x is None else jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
-        self.like = treedef.unflatten(map(abstract, leaves))
-        self.shardings = [x.sharding if isinstance(x, jax.Array) else None for x in leaves]
-        self.sums: list[Any] = [{} for _ in leaves]
+        abstract = lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
+        self.like = tree_map(abstract, first=first)
+        self.shardings = {
+            path: x.sharding if isinstance(x, jax.Array) else None
+            for path, x in by_path(first).items()
+        }
+        # of each averaged leaf, its pieces summed so far, by place; of another one, the newest
+        self.sums: dict[KeyPath, Any] = {path: {} for path in self.shardings}
 
     def add(self, name: str, tree: Tree, factor: float) -> None:
         """Add a tree times a factor; with 0, only its structure is looked at."""
         rows, _ = zip_leaves(**{FIRST: self.like, name: tree})
-        for j, (leaf, (like, x)) in enumerate(zip(leaf_names(self.like), rows, strict=True)):
+        for path, (like, x) in zip(self.sums, rows, strict=True):
+            leaf = "/".join(path)
             if like is not None:
                 check_shape(leaf, **{FIRST: like, name: x})
             elif x is not None:
@@ -35,9 +39,9 @@ class Sum:
             if factor == 0:
                 continue
             if like is None or not is_inexact(like):
-                self.sums[j] = x
+                self.sums[path] = x
                 continue
-            for place, piece in _pieces(x, self.shardings[j]).items():
+            for place, piece in _pieces(x, self.shardings[path]).items():
                 term = np.array(piece, np.result_type(like.dtype, np.float64))
                 if not np.isfinite(term).all():
                     raise ValueError(
@@ -45,19 +49,18 @@ class Sum:
                         "snapshots and of the steps given to posthoc.weights."
                     )
                 term *= factor
-                if place in self.sums[j]:
-                    term += self.sums[j][place]
-                self.sums[j][place] = term
+                if place in self.sums[path]:
+                    term += self.sums[path][place]
+                self.sums[path][place] = term
 
     def tree(self) -> Tree:
         """The sum, in the dtypes and shardings of the first tree. Nothing is left of it here."""
-        likes, treedef = jax.tree.flatten(self.like, is_leaf=is_none)
-        leaves = []
-        for like, sharding in zip(likes, self.shardings, strict=True):
-            total = self.sums.pop(0)
+        leaves = {}
+        for path, like in by_path(self.like).items():
+            total = self.sums.pop(path)  # so that memory holds each leaf in float64 or rounded
             summed = like is not None and is_inexact(like)
-            leaves.append(_rounded(total, like, sharding) if summed else total)
-        return treedef.unflatten(leaves)
+            leaves[path] = _rounded(total, like, self.shardings[path]) if summed else total
+        return from_paths(self.like, leaves)
 
 
 def _pieces(x: Any, sharding: Any) -> dict[str | None, Any]:
