@@ -163,3 +163,99 @@ def test_a_number_out_of_range_or_no_number_is_named_and_shown(value, found):
         ValueError, match=rf"(?s)^x={found}.*is out of range\. Pass a number above 0\."
     ):
         checks.check("x", value, lambda x: x > 0, "a number above 0")
+
+
+def test_leaves_by_path_and_back():
+    tree = {"conv": {"kernel": 1.0, "bias": None}, "scales": [2.0]}
+    found = leaves.by_path(tree)
+    assert found == {("conv", "bias"): None, ("conv", "kernel"): 1.0, ("scales", "0"): 2.0}
+    assert leaves.leaves(tree) == [None, 1.0, 2.0]
+    assert leaves.from_paths(tree, found) == tree
+    doubled = {path: x and 2 * x for path, x in reversed(found.items())}
+    assert leaves.from_paths(tree, doubled) == {
+        "conv": {"kernel": 2.0, "bias": None},
+        "scales": [4.0],
+    }
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Alike:
+    """A node whose two children have the same key."""
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.DictKey("a"), 1), (jax.tree_util.GetAttrKey("a"), 2)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls()
+
+
+def test_a_leaf_is_not_lost_under_the_path_of_another():
+    with pytest.raises(ValueError, match=r"two leaves have the key path \('x', 'a'\)\. Rename"):
+        leaves.by_path({"x": Alike()})
+
+
+def test_map_leaves_makes_several_trees_at_once():
+    seen = []
+
+    def both(name, a, b):
+        seen.append(name)
+        return (a, b), None if a is None else name
+
+    first, second = leaves.map_leaves(both, 2, a={"x": 1, "y": None}, b={"x": None, "y": 2})
+    assert seen == ["x", "y"]
+    assert first == {"x": (1, None), "y": (None, 2)}
+    assert second == {"x": "x", "y": None}
+    assert leaves.map_leaves(both, 2, a={}, b={}) == ({}, {})
+    assert leaves.map_leaves(print, 0, a={}) == ()
+
+
+def test_names_are_written_apart_or_not_at_all():
+    deep = ("k",) * checks.DEEPEST
+    paths_ = [("a", "b"), ("a.b",), ("a\nb", "["), deep]
+    assert checks.written_names(paths_, range(4)) == ["a/b", "a.b", "a\nb/[", "/".join(deep)]
+    with pytest.raises(ValueError, match=r"two leaves are named 'a\.b': 0 and 1.*a '\.' inside"):
+        checks.written_names(paths_, range(4), separator=".")
+    with pytest.raises(ValueError, match=r"257 levels deep, below 'k/k/k'; .* Flatten that part"):
+        checks.written_names([(*deep, "k")], [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("conv/kernel [0]", "conv/kernel [0]"),
+        ("größe/日本", "größe/日本"),
+        ("\x1b[31mred\x07\nb\tc\0", r"\x1b[31mred\x07\nb\tc\x00"),
+        ("\u202eright to left\x9b", r"\u202eright to left\x9b"),
+        ("\udce9", r"\udce9"),
+    ],
+)
+def test_an_unprintable_character_is_escaped(name, shown):
+    assert checks.printable(name) == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("1", [0]),  # the path that is the name goes before those that have it
+        ("fast", [1, 2]),
+        ("gen/fast", [1]),
+        ("gen", [1]),
+        ("disc", [2, 3]),
+        ("x/1", [4]),  # the wrapper's own field between
+        ("inner_state/1", [4]),
+        ("fast/gen", []),
+        ("fas", []),
+        ("disc/fast/slow", []),
+        ("", []),
+    ],
+)
+def test_a_name_means_the_paths_that_have_its_steps_in_this_order(name, meant):
+    there = [
+        ("1",),
+        ("gen", "fast"),
+        ("disc", "fast"),
+        ("disc", "slow"),
+        ("inner_states", "x", "inner_state", "1"),
+    ]
+    assert paths.called(name, there) == [there[i] for i in meant]

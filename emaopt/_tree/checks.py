@@ -9,7 +9,10 @@ import numpy as np
 
 from .leaves import map_leaves
 from .numbers import is_concrete
-from .paths import Tree
+from .paths import KeyPath, Tree
+
+
+DEEPEST = 256  # levels; Orbax reads its metadata by recursion and fails between 300 and 500
 
 
 class Range(NamedTuple):
@@ -96,25 +99,69 @@ def check_scalar(name: str, value, good: Callable, wanted: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error about a name that is not known."""
+    """Return the end of an error about an unknown name: the closest known one, if one is close."""
     close = difflib.get_close_matches(name, known, 1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def check_unique(names: Iterable[str], leaves: Iterable[Any]) -> None:
+def check_unique(names: Iterable[str], leaves: Iterable[Any], separator: str = "/") -> None:
     """Raise if two leaves have the same name, showing both."""
     seen: dict[str, Any] = {}
     for name, leaf in zip(names, leaves, strict=True):
         if name in seen:
             raise ValueError(
                 f"two leaves are named {name!r}: {describe(seen[name])} and {describe(leaf)}. "
-                "Rename one: a '/' inside a dict key collides with nesting."
+                f"Rename one: a {separator!r} inside a dict key collides with nesting."
             )
         seen[name] = leaf
 
 
+def written_names(
+    paths: Iterable[KeyPath], leaves: Iterable[Any], separator: str = "/"
+) -> list[str]:
+    """Return the names under which leaves are written: their key paths, joined.
+
+    Every writer (a checkpoint, safetensors, TF1) calls this before it writes anything, so that no
+    leaf is lost under the name of another one.
+
+    Args:
+        paths: the key path of each leaf.
+        leaves: the leaves, which an error describes by dtype and shape.
+        separator: what the writer puts between two steps of a path.
+
+    Raises:
+        ValueError: two names are the same, or a path has more steps than a reader can follow.
+    """
+    paths = list(paths)
+    for path in paths:
+        if len(path) > DEEPEST:
+            start = separator.join(path[:3])
+            raise ValueError(
+                f"a leaf lies {len(path)} levels deep, below {start!r}; a checkpoint of more than "
+                f"{DEEPEST} levels cannot be read again. Flatten that part of the tree."
+            )
+    names = [separator.join(path) for path in paths]
+    check_unique(names, leaves, separator)
+    return names
+
+
+def printable(name: str) -> str:
+    r"""Return a name as a terminal may show it: with escape codes and line ends as `\x1b`, `\n`.
+
+    For tables and errors that show names from a file. Names shown with `repr` are escaped already.
+
+    >>> print(printable("conv/kernel"), printable("a\nb"))
+    conv/kernel a\nb
+    """
+    if name.isprintable():
+        return name
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name
+    )
+
+
 def describe(leaf) -> str:
-    """A leaf in an error message: dtype and shape."""
+    """Return what an error says of a leaf: dtype and shape."""
     if hasattr(leaf, "dtype"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return repr(leaf)

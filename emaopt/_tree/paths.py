@@ -1,5 +1,6 @@
 """The names of leaves: a leaf is named by its key path, joined with a slash."""
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -55,6 +56,40 @@ def _is_variable(x) -> bool:
         base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
         for base in type(x).__mro__
     )
+
+
+def called(name: str, paths: Iterable[KeyPath]) -> list[KeyPath]:
+    """Return the paths that a name means: those in which its steps stand, in this order.
+
+    This is what `name=` means wherever an average is chosen: in a state, and in a checkpoint. A
+    path that is the name comes first; then those that have all its steps in a row; then those
+    where other steps lie between, as the fields of a wrapper do: `x/1` is
+    `inner_states/x/inner_state/1`. Only the best of these three are returned.
+
+    Args:
+        name: steps of a path, joined with a slash, as in `emaopt.averages(opt_state)`.
+        paths: the path of each average.
+
+    Example:
+        >>> called("fast", [("gen", "fast"), ("disc", "fast"), ("disc", "slow")])
+        [('gen', 'fast'), ('disc', 'fast')]
+    """
+    paths = list(paths)
+    steps = tuple(name.split("/"))
+    whole = [path for path in paths if path == steps]
+    in_a_row = [path for path in paths if _position(steps, path) is not None]
+    return whole or in_a_row or [path for path in paths if _in_order(steps, path)]
+
+
+def _position(steps: KeyPath, path: KeyPath) -> int | None:
+    """Return where the steps stand in a row in a path, or `None`."""
+    starts = range(len(path) - len(steps) + 1)
+    return next((i for i in starts if path[i : i + len(steps)] == steps), None)
+
+
+def _in_order(steps: KeyPath, path: KeyPath) -> bool:
+    rest = iter(path)
+    return all(step in rest for step in steps)  # `in` reads on from where the last step was
 
 
 def key_name(key) -> str:
