@@ -5,6 +5,6 @@ from importlib.util import find_spec
 
 NEEDS = {
     "tensorflow": ["emaopt/tf1", "emaopt/_commands/convert"],
-    "tensorboardX": ["tests/eventfile.py"],
+    "tensorboardX": ["tests/helpers/eventfile.py"],
 }
 collect_ignore = [path for module in NEEDS if not find_spec(module) for path in NEEDS[module]]

@@ -3,7 +3,7 @@
     python benchmarks/accelerators.py
 
 Needs no GPU and no TPU, but `pip install "jax[cuda13-local,tpu]"`: XLA compiles for a description
-of an H100 and of a TPU v5e. Writes accelerators.md and accelerators.json.
+of an H100 and of a TPU v5e. Writes results/accelerators.md and results/accelerators.json.
 """
 
 import itertools
@@ -11,16 +11,11 @@ import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
+from helpers import deviceless, trees
 from timing import publish, table
 from tqdm import tqdm
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import deviceless
-import trees
 
 
 DEVICES = {"gpu": "NVIDIA H100", "tpu": "TPU v5e"}

@@ -5,24 +5,18 @@
 The network with batch normalization of the tests, on the two halves of scikit-learn's digits, by
 four recipes: SGD at a constant learning rate with more and more weight decay, and the plain mean
 of all weights from the fourth epoch on. The harder the recipe shakes the weights, the further their
-mean is from them, and from their batch statistics. Writes `benchmarks/batchnorm.md`.
+mean is from them, and from their batch statistics. Writes `results/batchnorm.md`.
 """
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
-
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-import batchnorm  # noqa: E402
+from helpers import RESULTS, batchnorm
 
 
 RECIPES = {
@@ -65,7 +59,7 @@ def main():
     ]
     text = "\n".join([*lines, ""])
     print(text, end="")
-    (HERE / "batchnorm.md").write_text(text)
+    (RESULTS / "batchnorm.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Parameters, their average and Adam's two slots, ViT-B shaped (152 arrays per copy), float32. Every
 round runs each variant once, in turn, in one process with a warm page cache; the table gives the
 median time, its ratio to plain Orbax's, and the bytes that were read or written. Writes
-`benchmarks/checkpoint.md`.
+`results/checkpoint.md`.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers import RESULTS
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
@@ -171,7 +172,7 @@ def main():
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    (Path(__file__).parent / "checkpoint.md").write_text(text)
+    (RESULTS / "checkpoint.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 A checkpoint of TF1 with a transformer's variables, Adam's slots and the averages, float32, goes to
 Orbax and back. Every conversion is a process of its own; its peak of resident memory is what the
 system counts at its end. What came back must be the same, bit for bit. Writes
-`benchmarks/convert.md`.
+`results/convert.md`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from helpers import RESULTS
 
 
 WIDTH, VOCABULARY = 576, 30522
@@ -131,7 +132,7 @@ def main():
         lines.append(f"| {what} | {seconds:.1f} | {peak / 1e9:.2f} | {peak / total:.2f} |")
     text = "\n".join(lines) + "\n"
     print(text)
-    (Path(__file__).parent / "convert.md").write_text(text)
+    (RESULTS / "convert.md").write_text(text)
 
 
 if __name__ == "__main__":

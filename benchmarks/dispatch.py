@@ -9,7 +9,7 @@ included, is taken when the step is compiled; the three then take five steps in 
 two steps, here, that only hand on as many arrays. A step of so few numbers is bookkeeping per
 array, so its time is that of dispatching it. Compile: seconds of processor time of all threads. The
 last column is the median, round by round, of the time divided by that of the chain by hand. Writes
-dispatch.json and dispatch.md; the rows of other numbers of leaves stay.
+results/dispatch.json and dispatch.md; the rows of other numbers of leaves stay.
 """
 
 import argparse
@@ -26,9 +26,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import optax
+from helpers import RESULTS
 from leaves import parameters
 from steps import RATE, by_hand, ours
-from timing import HERE, Worker, handing, publish, ratio, serve, table, times
+from timing import Worker, handing, publish, ratio, serve, table, times
 from tqdm import tqdm
 
 import emaopt
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, nargs="*", default=[100, 200, 500, 1000, 2000])
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-    before = HERE / "dispatch.json"
+    before = RESULTS / "dispatch.json"
     rows = json.loads(before.read_text()) if before.exists() else []
     rows = [row for row in rows if row["leaves"] not in args.leaves]
     cells = [(leaves, of) for leaves in args.leaves for of in STEPS]

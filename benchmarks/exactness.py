@@ -1,25 +1,18 @@
 """How far emaopt and optax are from TensorFlow 1.15.5, on the golden cases of the tests.
 
-`python benchmarks/exactness.py` prints the table and writes it to `exactness.md`. A deviation is
-the largest `|got - expected|` of a tensor as a share of its largest `|expected|`: the worst over
-all float32 cases, recorded steps and tensors. Everything is jitted. optax has the settings that
-bring it closest to TensorFlow; rows with other settings follow where they matter.
+`python benchmarks/exactness.py` prints the table and writes it to `results/exactness.md`. A
+deviation is the largest `|got - expected|` of a tensor as a share of its largest `|expected|`: the
+worst over all float32 cases, recorded steps and tensors. Everything is jitted. optax has the
+settings that bring it closest to TensorFlow; rows with other settings follow where they matter.
 """
-
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers import RESULTS, replay
 
 import emaopt
-
-
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-from golden import replay  # noqa: E402
 
 
 STAIRS = 1000
@@ -244,7 +237,7 @@ def main():
     )
     text = "\n".join([title, "", *lines, ""])
     print(text, end="")
-    (HERE / "exactness.md").write_text(text)
+    (RESULTS / "exactness.md").write_text(text)
 
 
 if __name__ == "__main__":

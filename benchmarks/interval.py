@@ -8,28 +8,23 @@ the same numbers: a conditional around the whole shadow, given the new parameter
 turns; and `moving_average` with the decay of ten steps, called by the training loop after every
 tenth step. The table has the time of a step that takes no value, of one that does, and the mean of
 ten, each divided by that of momentum alone next to it, and the arrays that the compiled step
-copies. Writes interval.json and interval.md.
+copies. Writes results/interval.json and interval.md.
 """
 
 import argparse
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers import trees
 from jax import lax
 from timing import Step, handing, publish, relative_times, scaling, table
 from tqdm import tqdm
 
 import emaopt
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import trees
 
 
 N, DECAY = 10, 0.99

@@ -10,8 +10,8 @@ whose own time, for three products a leaf, is the same on both sides.
 
 Tree and packed take turns in one process, each between two steps that only hand on as many arrays;
 a row has the median times, and the median of the ratios. Compile: seconds of processor time of all
-threads, tracing included. Writes leaves.json and leaves.md. What the optimizer alone takes to
-compile, in memory, and beside Optax: dispatch.py.
+threads, tracing included. Writes results/leaves.json and leaves.md. What the optimizer alone takes
+to compile, in memory, and beside Optax: dispatch.py.
 """
 
 import argparse

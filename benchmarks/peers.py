@@ -5,38 +5,30 @@
 The recorded averages of the real libraries (`tests/golden/make_peers.py`), 128 updates of two
 parameters in several settings each, beside `emaopt.ema` of the preset: the largest difference as a
 share of the largest number, the worst over the settings. In float32, and in float64 where the
-library has it. Writes peers.md.
+library has it. Writes results/peers.md.
 """
-
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
-
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-from golden import make_peers  # noqa: E402
-from test_presets import CASES, RECORDED, VALUES, averages, preset  # noqa: E402
+from helpers import RESULTS, make_peers, recorded
 
 
 def deviation(case: dict, dtype) -> float:
     """From the first snapshot on: before it, SWA of TensorFlow Addons has no average."""
     begin = case["arguments"].get("start_averaging", 0)
     theirs = make_peers.averages(case)[begin:]
-    ours = averages(preset(case), VALUES, dtype)[begin:]
+    ours = recorded.averages(recorded.preset(case), recorded.VALUES, dtype)[begin:]
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def row(name: str) -> str:
-    cases = [case for case in CASES if case["name"] == name]
+    cases = [case for case in recorded.CASES if case["name"] == name]
     single = max(deviation(case, np.float32) for case in cases)
     jax.config.update("jax_enable_x64", True)
     exact = [deviation(case, np.float64) for case in cases if case["dtype"] == "float64"]
     jax.config.update("jax_enable_x64", False)
     double = f"{max(exact):.1e}" if exact else ""
-    version = RECORDED["versions"][make_peers.library(name)]
+    version = recorded.RECORDED["versions"][make_peers.library(name)]
     return f"| `{name}` | {version} | {len(cases)} | {single:.1e} | {double} |"
 
 
@@ -44,10 +36,10 @@ def main() -> None:
     lines = [
         "| preset | library's version | settings | float32 | float64 |",
         "|---|---|---|---|---|",
-        *map(row, dict.fromkeys(case["name"] for case in CASES)),
+        *map(row, dict.fromkeys(case["name"] for case in recorded.CASES)),
     ]
     text = "\n".join(lines)
-    (HERE / "peers.md").write_text(
+    (RESULTS / "peers.md").write_text(
         "Worst deviation from the libraries' own averages: `python benchmarks/peers.py`. The\n"
         f"float64 of ema_pytorch's `EMA` has decays in float32.\n\n{text}\n"
     )

@@ -6,20 +6,19 @@ A small network learns to add, 300 steps of momentum with `ema(0.98)`. At step 1
 gradient, of the parameters or of the shadow is NaN, or Inf, which gives the same but where the
 table tells them apart. In the end: whether parameters and average are finite, how far the average
 is from that of the run without the bad number (as a share of its way from the start), and how many
-leaves were healed. Writes poison.md.
+leaves were healed. Writes results/poison.md.
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
+from helpers import RESULTS
 
 import emaopt
 
 
-HERE = Path(__file__).parent
 STEPS, BAD_STEP = 300, 150
 OPTIMIZER, AVERAGE = emaopt.momentum(0.02, 0.9), emaopt.ema(0.98)
 COMPOSITIONS = {
@@ -119,7 +118,7 @@ def main() -> None:
                 kinds = [(place, nan)]
             lines += [f"| {kind} | `{name}` | {cells}" for kind, cells in kinds]
     text = "\n".join(lines)
-    (HERE / "poison.md").write_text(f"`python benchmarks/poison.py`\n\n{text}\n")
+    (RESULTS / "poison.md").write_text(f"`python benchmarks/poison.py`\n\n{text}\n")
     print(text)
 
 

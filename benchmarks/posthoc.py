@@ -4,7 +4,7 @@
     python benchmarks/posthoc.py --mb 20
 
 The relative error of the profiles; the distance of parameters and the accuracy in a real training
-run; the memory that `emaopt synthesize` takes, beside one snapshot. Writes `benchmarks/posthoc.md`.
+run; the memory that `emaopt synthesize` takes, beside one snapshot. Writes `results/posthoc.md`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers import RESULTS
 from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
 from timing import table
@@ -218,7 +219,7 @@ def main():
         shutil.rmtree(directory)
     text = "\n".join(lines) + "\n"
     print(text)
-    (Path(__file__).parent / "posthoc.md").write_text(text)
+    (RESULTS / "posthoc.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -8,24 +8,23 @@ noise from step to step), and the quiet end of a training run (constant values, 
 where the average starts). The way is what the float64 average moved. Error: the distance to it as a
 share of the way. Followed: the part of the way that was gone, noise left out (the projection).
 Time: of one update of 8 million parameters, as a multiple of float32's, on this machine.
-Rewrites precision.md and the part of docs/averaging.md between its precision marks.
+Rewrites results/precision.md and the part of docs/averaging.md between its precision marks.
 """
 
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import Step, bandwidth, ratio, relative_times
+from helpers import RESULTS
+from timing import HERE, Step, bandwidth, ratio, relative_times
 from tqdm import tqdm
 
 import emaopt
 
 
-HERE = Path(__file__).parent
 UPDATES, SIZE, DECAY, PARTS = 30_000, 2**14, 0.9999, 10
 CHOICES = {
     "bfloat16": jnp.bfloat16,
@@ -43,7 +42,7 @@ def main() -> None:
         for name, c in tqdm(CHOICES.items(), leave=False, disable=None)
     }
     text = table(found, speeds())
-    (HERE / "precision.md").write_text(f"# Precision\n\n{text}\n")
+    (RESULTS / "precision.md").write_text(f"# Precision\n\n{text}\n")
     guide = HERE.parent / "docs/averaging.md"
     marks = r"(<!-- precision -->\n).*(<!-- /precision -->)"
     guide.write_text(re.sub(marks, rf"\1{text}\n\2", guide.read_text(), flags=re.DOTALL))

@@ -6,7 +6,7 @@ The parameters have the shapes of a decoder like Llama 2 7B, on a mesh of 8 x 8 
 host: sharded over "data" (FSDP) and "model" (tensor parallelism), norms on every device. For each
 optimizer, with clipping by the global norm and an average of each kind, the bytes that a device
 holds and touches in one step are counted by hand, and compared with what XLA says of the step that
-it compiled for 64 devices. Nothing is allocated. Writes scale.json and scale.md.
+it compiled for 64 devices. Nothing is allocated. Writes results/scale.json and scale.md.
 """
 
 import math

@@ -9,7 +9,7 @@ traffic; the table has the median time of each beside that of Adam alone, and th
 compiled step accesses by XLA's count. "k times one" is what the first average adds, k times. "Fed
 back" overwrites the parameters by the average every ten updates. The second table is an evaluation
 of all averages at once, `jax.vmap` over `emaopt.stacked`, against one after the other. Writes
-several.json and several.md.
+results/several.json and several.md.
 """
 
 import argparse

@@ -15,7 +15,7 @@ Of a library with several forms, the fastest of them: foreach, leaf by leaf, or 
 `AveragedModel` has `get_ema_multi_avg_fn`; `torch._foreach_lerp_` is what the libraries on PyTorch
 come down to, without the library. *Packed*: parameters are packed too, and have to be unpacked in
 the loss (leaves.py has that cost). *In a step*: what `ema` adds to a step of momentum, which is how
-it is meant to be used. Writes speed.json and speed.md.
+it is meant to be used. Writes results/speed.json and speed.md.
 """
 
 import argparse
@@ -25,12 +25,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "jax")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import ema_pytorch
 import jax
@@ -39,7 +37,7 @@ import numpy as np
 import optax
 import timm
 import torch
-import trees
+from helpers import trees
 from timing import HERE, Step, Worker, bandwidth, publish, ratio, relative_times, table
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm

@@ -7,26 +7,21 @@ both, on parameters with the shapes of ResNet-50 (25.6 million in 161 leaves): o
 donates parameters and state. Beside it the nearest chain of Optax (for Ftrl, which Optax has not, a
 plain function), and the average as one writes it by hand. The numbers are medians over rounds of
 emaopt's time divided by the other's, each relative to memory traffic around it. Then the averaging
-step alone against what the memory can move. Writes steps.json and steps.md.
+step alone against what the memory can move. Writes results/steps.json and steps.md.
 """
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers import trees
 from timing import Step, bandwidth, publish, ratio, relative_times, scaling, table
 from tqdm import tqdm
 
 import emaopt
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import trees
 
 
 RATE, DECAY, NORM = 1e-3, 0.999, 1.0

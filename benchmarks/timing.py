@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import RESULTS
 
 
 HERE = Path(__file__).parent
@@ -157,9 +158,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable]) -> list[str]:
 
 
 def publish(name: str, title: str, lines: Iterable[str], found: Any = None) -> None:
-    """Print the lines, and write `name.md`; and what was found to `name.json`."""
+    """Print the lines, and write `results/name.md`; and what was found to `results/name.json`."""
     text = "\n".join(lines)
     print(text)
-    (HERE / f"{name}.md").write_text(f"# {title}\n\n{text}\n")
+    (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{text}\n")
     if found is not None:
-        (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -6,26 +6,20 @@ Asked for: a half-life of 64 samples. emaopt's is measured in training runs, thr
 `optax.MultiSteps`, as `emaopt.every(n, emaopt.half_life(64 / samples_per_update))`. Beside it is
 what the rules of others make of settings that are right for batches of 4, each one averaged: a
 decay for each call of the average, scaled with the interval or not; Keras has no interval, and
-averages after each micro-batch. Writes `benchmarks/units.md`.
+averages after each micro-batch. Writes `results/units.md`.
 """
 
 import math
 import os
-import sys
-from pathlib import Path
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from helpers import RESULTS, batching
 
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-import test_units  # noqa: E402
-
-
-HALF_LIFE, BATCH = test_units.HALF_LIFE, 4
+HALF_LIFE, BATCH = batching.HALF_LIFE, 4
 HEAD = [
     "batch",
     "accumulated",
@@ -39,13 +33,13 @@ HEAD = [
 
 def measured(*way) -> float:
     """From what is left of the first value after four half-lives."""
-    seen, average = test_units.averages(*way)
+    seen, average = batching.averages(*way)
     last = 4 * HALF_LIFE // way[0] - 1
     return float(seen[last] * math.log(0.5) / math.log(average["start"][last]))
 
 
 def rows():
-    for batch, accumulated, interval in test_units.WAYS:
+    for batch, accumulated, interval in batching.WAYS:
         calls = HALF_LIFE / BATCH
         per_call = calls * batch * accumulated * interval
         others = [per_call, per_call / interval] + [calls * batch] * (interval == 1)
@@ -66,7 +60,7 @@ def main():
     ]
     text = "\n".join([*lines, ""])
     print(text, end="")
-    (HERE / "units.md").write_text(text)
+    (RESULTS / "units.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ first_steps
 ```{toctree}
 :hidden:
 :glob:
-*
+results/*
 ```
 """,
 }

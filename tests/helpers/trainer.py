@@ -7,12 +7,14 @@ when step N is on its way. `state_after` is what must have been saved.
 """
 
 import argparse
+import os
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from folders import HELPERS
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
@@ -21,6 +23,16 @@ from emaopt import checkpoint
 
 TX = optax.chain(emaopt.momentum(0.01, 0.9), emaopt.ema(emaopt.warmup(0.99)))
 SIZE = 1 << 18
+
+
+def environment(devices):
+    """Return the environment of a process with so many CPU devices, which finds the helpers."""
+    path = [str(HELPERS), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+    }
 
 
 def mesh_of_all():

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,11 @@ import numpy as np
 import optax
 import pytest
 import sharded
+from folders import BENCHMARKS
 from jax.sharding import AxisType
 from orbax.checkpoint import v1 as ocp
-from test_checkpoint_faults import environment
-from test_sharding import collectives
+from sharded import collectives
+from trainer import environment
 
 import emaopt
 from emaopt import checkpoint
@@ -36,7 +36,6 @@ CASES = [
 each_mesh = pytest.mark.parametrize(
     ("name", "kind"), CASES, ids=[f"{name}-{kind.name.lower()}" for name, kind in CASES]
 )
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BARE = optax.stateless(lambda updates, params: updates)
 
 

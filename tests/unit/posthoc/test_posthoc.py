@@ -5,12 +5,12 @@ import json
 import math
 import tracemalloc
 import weakref
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folders import GOLDEN
 from hypothesis import given, strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,7 +19,7 @@ from emaopt import posthoc
 from emaopt.posthoc._fit import profile_of
 
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "posthoc.json").read_text())
+RECORDED = json.loads((GOLDEN / "posthoc.json").read_text())
 TWO = [posthoc.gamma(0.05), posthoc.gamma(0.10)]
 
 
@@ -52,10 +52,10 @@ def of(name, steps):
     return profiles(RATES[name][1], steps)
 
 
-@pytest.mark.parametrize("sigma_rel", GOLDEN["gamma"])
+@pytest.mark.parametrize("sigma_rel", RECORDED["gamma"])
 def test_gamma_is_the_root_to_the_last_digits(sigma_rel):
     assert math.isclose(
-        posthoc.gamma(float(sigma_rel)), GOLDEN["gamma"][sigma_rel], rel_tol=4e-15, abs_tol=4e-15
+        posthoc.gamma(float(sigma_rel)), RECORDED["gamma"][sigma_rel], rel_tol=4e-15, abs_tol=4e-15
     )
 
 
@@ -82,7 +82,7 @@ def test_the_ends_of_the_range():
     assert posthoc.sigma_rel(-0.999) < 0.1
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"{len(c['steps'])}-{c['target']}")
+@pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda c: f"{len(c['steps'])}-{c['target']}")
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_factors_are_those_of_fifty_digits(case, normalize):
     gammas = [posthoc.gamma(s) for s in case["recorded"]]

@@ -11,6 +11,7 @@ and averages are after `STEPS` steps, from all processes.
 import argparse
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,15 @@ TX = optax.chain(
     emaopt.momentum(0.1, 0.9),
     emaopt.ema(emaopt.warmup(0.9)),
 )
+
+
+def collectives(hlo):
+    """The types of what the devices send to each other, by the operation."""
+    hlo = re.sub(r"/\*.*?\*/", "", hlo)  # a tuple of six and more counts its parts: /*index=5*/
+    kinds = (
+        "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    )
+    return re.findall(rf"= ([^=\n]*?) ({kinds})(?:-start)?\(", hlo)
 
 
 def mesh_of(name, kind):

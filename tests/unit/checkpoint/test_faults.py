@@ -18,6 +18,7 @@ import optax
 import pytest
 import trainer
 from orbax.checkpoint import v1 as ocp
+from trainer import environment
 
 import emaopt
 from emaopt import checkpoint
@@ -246,7 +247,7 @@ def reported(saved, tmp_path_factory):
     path = tmp_path_factory.mktemp("report")
     shutil.copytree(saved, path / "run")
     script = (
-        "import json, os, pathlib, sys, test_checkpoint_faults as t\n"
+        "import json, os, pathlib, sys, test_faults as t\n"
         "path = pathlib.Path(sys.argv[1])\n"
         "(path / 'report.json').write_text(json.dumps(t.report(path / 'run')))\n"
         "os._exit(0)"
@@ -332,11 +333,6 @@ def test_without_digests_a_checkpoint_loads_unverified(tmp_path):
 
 
 # ---- kill -9 ------------------------------------------------------------------------------------
-
-
-def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def check_newest(path):

@@ -1,6 +1,7 @@
 """The seven optimizers: signatures, state, absent gradients, hyper-parameters, and their rules.
 
-TensorFlow's own numbers are in test_golden.py; here each rule has a slow sibling in float64.
+TensorFlow's own numbers are in `properties/test_golden.py`; here each rule has a slow sibling in
+float64.
 """
 
 import inspect

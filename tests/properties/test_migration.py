@@ -5,7 +5,6 @@ The document is one program; each of its tables has the columns TF1, here and no
 
 import ast
 import importlib.util
-import pathlib
 import re
 from typing import NamedTuple
 
@@ -14,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from folders import DOCS
 
 import emaopt
 
 
-TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "migration.md").read_text()
+TEXT = (DOCS / "migration.md").read_text()
 MODULES = {"tf1": "tensorflow", "tensorboard": "tensorboardX"}
 # what the FileWriter of TensorFlow 1.15.5 wrote for the scalar loss = 0.5 at step 7
 EVENTS = bytes.fromhex(

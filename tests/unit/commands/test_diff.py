@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from folders import CHECKPOINTS as GOLDEN
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
@@ -22,7 +22,6 @@ from emaopt._commands import diff
 from emaopt._tree.checks import describe
 
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"
 tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs the extra tf1")
 
 INF, NAN = math.inf, math.nan

@@ -1,7 +1,6 @@
 """`emaopt convert`: what it writes, and what it refuses."""
 
 import json
-import pathlib
 import sys
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from folders import CHECKPOINTS as GOLDEN
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
@@ -22,7 +22,6 @@ tf = pytest.importorskip("tensorflow")
 from emaopt import tf1  # noqa: E402
 
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"
 PARAMS = {"conv": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3, jnp.bfloat16)}
 EXACT = emaopt.compensated(jnp.bfloat16)
 CHAINS = {

@@ -1,13 +1,12 @@
 """What went wrong with averages in other libraries: each has a test, here or where it belongs."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from folders import TESTS
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
@@ -31,7 +30,7 @@ ELSEWHERE = {
         "test_rounding.py::test_compensated_loses_nothing",
         "test_ledger.py::test_stalled_is_the_share_that_rounding_held",
     ],
-    "1 - d has lost its digits": ["test_schedules.py::test_the_effective_rate_is_right_at_any_t"],
+    "1 - d has lost its digits": ["test_decays.py::test_the_effective_rate_is_right_at_any_t"],
     "every micro-step of an accumulation counts: Keras, F5-TTS, rectified-flow, flow_grpo": [
         "test_guarantees.py::test_accumulated_gradients_do_not_count_twice",
         "test_presets.py::test_keras_counts_micro_steps_and_multi_steps_around_the_chain_does_not",
@@ -74,7 +73,7 @@ ELSEWHERE = {
         "test_guarantees.py::test_a_decay_that_branches_in_python_is_refused_at_once",
     ],
     "the decay taken for the rate: levanter": [
-        "test_schedules.py::test_a_decay_is_called_for_what_it_keeps",
+        "test_decays.py::test_a_decay_is_called_for_what_it_keeps",
     ],
     "the ramp is frozen at the step of its construction: TFA": [
         "test_ema.py::test_in_a_chain_the_average_is_that_of_the_definition",
@@ -134,8 +133,9 @@ ELSEWHERE = {
 
 
 def test_whoever_is_said_to_hold_it_is_there():
+    files = {path.name: path for path in TESTS.rglob("test_*.py")}
     for file, test in (name.split("::") for tests in ELSEWHERE.values() for name in tests):
-        assert f"def {test}(" in (Path(__file__).parent / file).read_text(), test
+        assert f"def {test}(" in files[file].read_text(), test
 
 
 def assert_bitwise(got, expected):

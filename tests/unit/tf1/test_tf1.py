@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from folders import CHECKPOINTS as GOLDEN
 
 import emaopt
 from emaopt import adam, average_name, ema, momentum
@@ -20,7 +21,6 @@ tf = pytest.importorskip("tensorflow")
 from emaopt import tf1  # noqa: E402
 
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"
 RUNS = json.loads((GOLDEN / "runs.json").read_text())
 FILES = ".index", ".data-00000-of-00001"
 

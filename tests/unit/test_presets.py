@@ -1,6 +1,6 @@
 """Presets against the libraries: their recorded averages, and where installed, they themselves.
 
-pip install -r tests/peers.txt && pytest tests/test_presets.py
+pip install -r tests/peers.txt && pytest tests/unit/test_presets.py
 """
 
 import doctest
@@ -9,24 +9,20 @@ import inspect
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_peers
 import numpy as np
 import optax
 import pytest
-from golden import make_peers
+from folders import DOCS
+from recorded import CASES, DEFECTS, RECORDED, UPDATES, VALUES, averages, preset
 
 import emaopt
 from emaopt import presets
 
 
-RECORDED = json.loads(make_peers.FILE.read_text())
-CASES = RECORDED["cases"]
-DEFECTS = {case["name"]: case for case in RECORDED["defects"]}
-VALUES = make_peers.values()
-UPDATES = len(VALUES) - 1
 PRESETS = {
     name: value
     for name, value in vars(presets).items()
@@ -39,26 +35,6 @@ PEERS = ("diffusers", "ema_pytorch", "flax", "keras", "timm", "torch")
 
 def title(case):
     return "-".join([case["name"], *(f"{k}={v}" for k, v in case["arguments"].items())])
-
-
-def preset(case):
-    return getattr(presets, case["name"])(**case["arguments"])
-
-
-def averages(decay, values, dtype=jnp.float32):
-    """What `ema` makes of parameters that an optimizer changes so, [updates, 2]."""
-    tx = emaopt.ema(decay)
-
-    def step(state, pair):
-        old, new = pair
-        _, state = tx.update(new - old, state, old)
-        return state, state.shadow
-
-    @jax.jit
-    def run(values):
-        return jax.lax.scan(step, tx.init(values[0]), (values[:-1], values[1:]))[1]
-
-    return np.asarray(run(jnp.asarray(values, dtype)), np.float64)
 
 
 def assert_close(ours, theirs, rtol):
@@ -296,7 +272,7 @@ def test_a_preset_gives_the_averages_of_the_library_that_is_installed(tmp_path):
 
 
 def test_the_documentation_runs_and_has_every_preset_with_its_version():
-    document = Path(__file__).parents[1] / "docs" / "peers.md"
+    document = DOCS / "peers.md"
     assert doctest.testfile(str(document), module_relative=False).failed == 0
     text = document.read_text()
     for name in PRESETS:

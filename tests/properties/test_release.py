@@ -3,15 +3,14 @@
 import re
 import zipfile
 from email.parser import Parser
-from pathlib import Path
 
 import pytest
+from folders import ROOT
 
 import emaopt
 
 
 builders = pytest.importorskip("hatchling.builders.wheel")
-ROOT = Path(__file__).parents[1]
 VERSION = emaopt.__version__
 
 

@@ -2,28 +2,25 @@
 
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from folders import GOLDEN
 
 import emaopt
 
 
-FOLDER = pathlib.Path(__file__).parent
-
-
 def cases(kind):
     """The cases of a kind: training, averages, clipping or schedules."""
-    return json.loads((FOLDER / "cases.json").read_text())[kind]
+    return json.loads((GOLDEN / "cases.json").read_text())[kind]
 
 
 @functools.cache
 def arrays(kind):
     """The arrays of a kind, by case and name."""
-    return dict(np.load(FOLDER / f"{kind}.npz"))
+    return dict(np.load(GOLDEN / f"{kind}.npz"))
 
 
 def hyper(case, exponential_decay=emaopt.exponential_decay):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import replay
+import replay
 
 import emaopt
 

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import pathlib
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 import jax.numpy as jnp
 import optax
 import pytest
+from folders import CHECKPOINTS as GOLDEN
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
@@ -19,7 +19,6 @@ from emaopt.__main__ import main
 from emaopt._commands.ls import Leaf, load_tensorflow, table
 
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints"
 PARAMS = {"conv": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3, jnp.bfloat16)}
 tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs the extra tf1")
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from sharded import collectives
 from trees import OPTIMIZERS, step_of
 
 import emaopt
@@ -77,15 +78,6 @@ def compiled(name, kind):
     tx = TRANSFORMATIONS[name]
     carry = params, jax.jit(tx.init)(params)
     return jax.jit(step_of(tx)).lower(carry, params).compile().as_text()
-
-
-def collectives(hlo):
-    """The types of what the devices send to each other, by the operation."""
-    hlo = re.sub(r"/\*.*?\*/", "", hlo)  # a tuple of six and more counts its parts: /*index=5*/
-    kinds = (
-        "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-    )
-    return re.findall(rf"= ([^=\n]*?) ({kinds})(?:-start)?\(", hlo)
 
 
 def assert_beside_params(tree, params):

@@ -1,4 +1,4 @@
-"""tests/typed_user.py, which pyright checks in strict mode, uses every public name, and runs."""
+"""`typed_user.py`, which pyright checks in strict mode, uses every public name, and runs."""
 
 import ast
 from pathlib import Path

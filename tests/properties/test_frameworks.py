@@ -3,7 +3,6 @@
 import doctest
 import re
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import pytest
 import reference
 from flax import nnx
 from flax.training.train_state import TrainState
+from folders import DOCS
 from jax.sharding import NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
@@ -27,7 +27,7 @@ from emaopt import checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
 
 RTOL = 1e-5  # of the largest in a tensor; 1.5e-6 was seen
-DOCUMENT = Path(__file__).parents[1] / "docs" / "frameworks.md"
+DOCUMENT = DOCS / "frameworks.md"
 
 
 @pytest.fixture(autouse=True, scope="module")

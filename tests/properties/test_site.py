@@ -1,14 +1,14 @@
 """docs/conf.py: which links it calls broken."""
 
 import runpy
-from pathlib import Path
 
 import pytest
+from folders import DOCS
 
 
 @pytest.fixture(scope="module")
 def conf():
-    return runpy.run_path(str(Path(__file__).parents[1] / "docs" / "conf.py"))
+    return runpy.run_path(str(DOCS / "conf.py"))
 
 
 def test_a_link_leads_to_a_file_and_an_anchor(conf, tmp_path):
