@@ -82,7 +82,9 @@ def test_the_ends_of_the_range():
     assert posthoc.sigma_rel(-0.999) < 0.1
 
 
-@pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda c: f"{len(c['steps'])}-{c['target']}")
+@pytest.mark.parametrize(
+    "case", RECORDED["cases"], ids=lambda c: f"{len(c['steps'])}-{c['target']}"
+)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_factors_are_those_of_fifty_digits(case, normalize):
     gammas = [posthoc.gamma(s) for s in case["recorded"]]
