@@ -51,9 +51,8 @@ def in_jax(folder):
 
 def in_tf1(folder):
     """From step 30 to 40, and the table."""
-    sys.path.insert(0, str(GOLDEN))
-    import make_checkpoints as made
     import tensorflow as tf
+    from helpers import make_checkpoints as made
 
     arrays = dict(np.load(str(GOLDEN / "checkpoints" / "runs.npz")))
     grads = {n: arrays["grad/" + n] for n in made.SHAPES}

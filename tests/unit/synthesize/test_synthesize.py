@@ -381,10 +381,17 @@ def test_nothing_is_overwritten(runs, tmp_path):
         Run(runs[0] / "two").write(tmp_path, 5.0)
 
 
+def forget(monkeypatch, *rooms):
+    """Have the rooms imported anew in this test, and be the same as before after it."""
+    for room in rooms:
+        monkeypatch.setattr(room, importlib.import_module(room))
+        for module in [name for name in sys.modules if name.startswith(room)]:
+            monkeypatch.delitem(sys.modules, module)
+
+
 @pytest.mark.parametrize("missing", ["tqdm", "matplotlib.figure"])
 def test_without_a_package_the_extra_is_named(missing, runs, tmp_path, monkeypatch, capsys):
-    for module in [name for name in sys.modules if name.startswith("emaopt.synthesize")]:
-        monkeypatch.delitem(sys.modules, module)
+    forget(monkeypatch, "emaopt.synthesize", "emaopt._commands.synthesize")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit):
         main(["synthesize", str(runs[0] / "two"), "--plot", str(tmp_path / "a.png")])
@@ -392,8 +399,7 @@ def test_without_a_package_the_extra_is_named(missing, runs, tmp_path, monkeypat
 
 
 def test_the_import_names_the_extra(monkeypatch):
-    for module in [name for name in sys.modules if name.startswith("emaopt.synthesize")]:
-        monkeypatch.delitem(sys.modules, module)
+    forget(monkeypatch, "emaopt.synthesize", "emaopt._commands.synthesize")
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ModuleNotFoundError, match=r'tqdm: pip install "emaopt\[posthoc\]"'):
         importlib.import_module("emaopt.synthesize")
