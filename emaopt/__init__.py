@@ -50,7 +50,11 @@ from ._average.healing import HealState as HealState, heal as heal
 from ._average.host import on_host as on_host
 from ._average.ledger import Ledger as Ledger
 from ._average.profile import profile as profile
-from ._average.rounding import compensated as compensated, stochastic as stochastic
+from ._average.rounding import (
+    Rounding as Rounding,
+    compensated as compensated,
+    stochastic as stochastic,
+)
 from ._average.statistics import recalibrate as recalibrate
 from ._names import (
     average_name as average_name,

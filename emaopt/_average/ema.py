@@ -21,8 +21,8 @@ from emaopt._tree.numbers import is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
 from .decays import DecayLike, as_decay
-from .ledger import advance, start as start_ledger
-from .rounding import Accumulator, add, add_stochastically, as_accumulator
+from .ledger import record, start as start_ledger
+from .rounding import Draw, Rounding, Stored, as_rounding, widen
 
 
 class EmaState(NamedTuple):
@@ -48,9 +48,9 @@ class SwappedEmaState(NamedTuple):
 
     step: jax.Array
     shadow: Tree
-    emaopt_swapped: Any
     residue: Tree = None
     ledger: Tree = None
+    emaopt_swapped: Any = np.ones((), np.int8)
 
 
 class _Update(Protocol):
@@ -69,7 +69,7 @@ class MovingAverage(NamedTuple):
 def moving_average(
     decay: DecayLike,
     *,
-    accumulator_dtype: DTypeLike | Accumulator | None = None,
+    accumulator_dtype: DTypeLike | Rounding | None = None,
     ledger: bool = False,
 ) -> MovingAverage:
     """The average of any pytree of values: `shadow -= (shadow - value) * (1 - decay(t))`.
@@ -88,109 +88,88 @@ def moving_average(
     {'w': Array([4.], dtype=float32)}
     """
     decay = as_decay(decay)
-    accumulator = as_accumulator(accumulator_dtype)
-    compensated = accumulator.rounding == "compensated"
+    rounding = as_rounding(accumulator_dtype)
 
-    def init(values):
+    def init(values: Tree) -> EmaState:
         rows, treedef = zip_leaves(values=values)
         names = leaf_names(values)
-        leaves = [_copy(name, x, accumulator) for name, (x,) in zip(names, rows, strict=True)]
-        shadow, residue = (treedef.unflatten(leaf[i] for leaf in leaves) for i in range(2))
-        step, record = jax.tree.map(
-            lambda x: beside(values, x),
-            (jnp.zeros((), jnp.int32), start_ledger() if ledger else None),
-        )
-        return EmaState(step, shadow, residue if compensated else None, record)
+        leaves = [start_leaf(name, x, rounding) for name, (x,) in zip(names, rows, strict=True)]
+        own = jnp.zeros((), jnp.int32), start_ledger() if ledger else None
+        step, its_ledger = jax.tree.map(lambda x: beside(values, x), own)
+        return EmaState(step, *_trees(treedef, leaves, rounding), its_ledger)
 
-    def update(values, state, num_updates=None):
-        _check_state(state, compensated, ledger)
+    def update(values: Tree, state: EmaState, num_updates: ArrayLike | None = None) -> EmaState:
+        _check_state(state, rounding, ledger)
         before, state = state, jax.tree.map(in_memory, state)
         step = jnp.asarray(optax.safe_increment(state.step))
         rate = decay.rate(step if num_updates is None else num_updates)
-        residue = state.residue if compensated else jax.tree.map(lambda _: None, state.shadow)
-        rows, treedef = zip_leaves(
-            values=values, **{"state.shadow": state.shadow, "state.residue": residue}
-        )
-        names = leaf_names(values)
-        leaves = [
-            _lerp(name, x, s, low, rate, accumulator, step, i)
-            for i, (name, (x, s, low)) in enumerate(zip(names, rows, strict=True))
-        ]
-        shadow, residue = (treedef.unflatten(leaf[i] for leaf in leaves) for i in range(2))
-        record = advance(state.ledger, rate, _share(leaf[2] for leaf in leaves)) if ledger else None
-        after = EmaState(step, shadow, residue if compensated else None, record)
+        trees = {"state.shadow": state.shadow}
+        if rounding.has_residue:
+            trees["state.residue"] = state.residue
+        rows, treedef = zip_leaves(values=values, **trees)
+        leaves, held = [], []
+        for i, (name, (x, *stored)) in enumerate(zip(leaf_names(values), rows, strict=True)):
+            old = Stored(*stored)
+            new = update_leaf(name, x, old, rate, rounding, Draw(step, i))
+            leaves.append(new)
+            if ledger and x is not None and is_inexact(old.shadow):
+                held.append(
+                    rounding.held(old, new, widen(jnp.asarray(x), wide(old.shadow.dtype)), rate)
+                )
+        its_ledger = record(state.ledger, rate, _share(held)) if ledger else None
+        after = EmaState(step, *_trees(treedef, leaves, rounding), its_ledger)
         return jax.tree.map(stay, before, after)
 
     return MovingAverage(init, update)
 
 
-def _copy(name: str, x, accumulator: Accumulator):
-    """A value as the shadow starts: what is stored of it, and what is left over."""
+def start_leaf(name: str, x: Any, rounding: Rounding) -> Stored:
+    """Return a copy of a value as the average starts with it."""
     if x is None:
-        return None, None
+        return Stored(None)
     check_array(name, x, "params")
     x = jnp.asarray(x)
     if not is_inexact(x):
-        return jnp.copy(x), None
-    dtype = accumulator.dtype or wide(x.dtype)
-    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        return Stored(jnp.copy(x))
+    dtype = rounding.dtype
+    if jnp.iscomplexobj(x) and dtype and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(
             f"leaf {name!r} is {x.dtype}, and accumulator_dtype={dtype} has no imaginary part. "
             "Pass a complex dtype, or none."
         )
-    stored = jnp.array(x, dtype, copy=True)
-    if accumulator.rounding != "compensated":
-        return stored, None
-    return stored, (x - stored.astype(x.dtype)).astype(dtype)
+    return rounding.start(x)
 
 
-def _lerp(name: str, x, s, low, rate, accumulator: Accumulator, step, place: int):
-    """One leaf of the shadow and what is left over, after a value; and where rounding held it.
-
-    An absent value leaves it, as does a rate of 0.
-    """
+def update_leaf(
+    name: str, x: Any, before: Stored, rate: Any, rounding: Rounding, draw: Draw
+) -> Stored:
+    """Return one leaf of the average after a value. An absent value leaves it as it is."""
     if x is None:
-        return s, low, None
-    check_shape(name, values=x, **{"state.shadow": s})
+        return before
+    check_shape(name, values=x, **{"state.shadow": before.shadow})
     x = jnp.asarray(x)
-    if not is_inexact(s):
-        return x if x.dtype == s.dtype else x.astype(s.dtype), None, None
-    dtype = wide(s.dtype)
-    old, x = s.astype(dtype), _widen(x, dtype)
-    share = jnp.asarray(rate).astype(dtype)
-    difference = old - x if low is None else (old - x) + low.astype(dtype)
-    increment = -difference * share
-    if accumulator.rounding == "stochastic":
-        increment = _taken(rate, increment, 0, x)
-        new = add_stochastically(_taken(rate, old, old, 0), increment, step, place)
-        return new, None, lambda: (difference != 0) & (increment == 0)
-    if low is None:
-        new = _taken(rate, old + increment, old, x).astype(s.dtype)
-        return new, None, lambda: (difference != 0) & (new == s)
-    kept = low.astype(dtype)
-    total, lost = add(old, kept, increment)
-    total, lost = _taken(rate, total, old, x), _taken(rate, lost, kept, 0)
-    new = total.astype(s.dtype)
-    left = ((total - new.astype(dtype)) + lost).astype(s.dtype)
-    return new, left, lambda: (difference != 0) & (new == s) & (left == low)
+    if not is_inexact(before.shadow):  # not averaged: the newest value. A key has no astype.
+        dtype = before.shadow.dtype
+        return Stored(x if x.dtype == dtype else x.astype(dtype))
+    return rounding.move(before, widen(x, wide(before.shadow.dtype)), rate, draw)
 
 
-def _taken(rate, new, old, value):
-    """A copy is exact, and a value that is not taken cannot poison the average."""
-    if isinstance(rate, np.floating) and 0 < rate < 1:
-        return new
-    return jnp.where(rate >= 1, value, jnp.where(rate <= 0, old, new))
+def _trees(treedef: Any, leaves: list[Stored], rounding: Rounding) -> tuple[Tree, Tree]:
+    """Return the shadow and the residue of all leaves; no residue where the rounding has none."""
+    shadow = treedef.unflatten([leaf.shadow for leaf in leaves])
+    if not rounding.has_residue:
+        return shadow, None
+    return shadow, treedef.unflatten([leaf.residue for leaf in leaves])
 
 
-def _share(held):
-    """The share of true elements, float32 []."""
-    held = [x() for x in held if x is not None]
+def _share(held: list[jax.Array]) -> jax.Array:
+    """Return the share of true elements, float32 []."""
     number = float(sum(x.size for x in held))  # an integer beside an array must fit into 32 bits
     true = sum((jnp.sum(x, dtype=jnp.float32) for x in held), jnp.zeros((), jnp.float32))
     return true / max(number, 1.0)
 
 
-def _check_state(state: Any, compensated: bool, ledger: bool) -> None:
+def _check_state(state: Any, rounding: Rounding, ledger: bool) -> None:
     if isinstance(state, SwappedEmaState):
         raise ValueError(
             "opt_state is swapped: its shadow holds the parameters. Call "
@@ -202,7 +181,7 @@ def _check_state(state: Any, compensated: bool, ledger: bool) -> None:
             "own init made."
         )
     for field, wanted, argument in (
-        ("residue", compensated, "accumulator_dtype=compensated()"),
+        ("residue", rounding.has_residue, "accumulator_dtype=compensated()"),
         ("ledger", ledger, "ledger=True"),
     ):
         if (getattr(state, field) is not None) != wanted:
@@ -213,22 +192,11 @@ def _check_state(state: Any, compensated: bool, ledger: bool) -> None:
             )
 
 
-def _widen(x, dtype):
-    """A value in the dtype of the arithmetic, after it was rounded to its own.
-
-    XLA leaves that rounding out where a bfloat16 sum goes on in float32, and the average would be
-    of parameters that never were.
-    """
-    if x.dtype == jnp.bfloat16:
-        x = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
-    return x.astype(dtype)
-
-
 def ema(
     decay: DecayLike,
     *,
     sequential_update: bool = True,
-    accumulator_dtype: DTypeLike | Accumulator | None = None,
+    accumulator_dtype: DTypeLike | Rounding | None = None,
     ledger: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The average of the parameters, as the last link of an `optax.chain`.

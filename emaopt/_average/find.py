@@ -9,15 +9,14 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from emaopt._tree.checks import check_array, check_shape, did_you_mean
 from emaopt._tree.devices import in_memory
 from emaopt._tree.leaves import by_path, from_paths
-from emaopt._tree.numbers import wide
 from emaopt._tree.paths import KeyPath, Params, State, Tree, key_name, shared_paths
 
 from .ema import EmaState, SwappedEmaState
+from .rounding import Stored
 
 
 def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
@@ -45,12 +44,9 @@ def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
 def _value(p, shadow, residue):
     if shadow is None:
         return p
-    shadow, residue = jax.tree.map(in_memory, (shadow, residue))
-    if residue is not None:
-        dtype = wide(shadow.dtype)
-        shadow = shadow.astype(dtype) + residue.astype(dtype)
+    value = jax.tree.map(in_memory, Stored(shadow, residue)).value()
     dtype = jnp.result_type(p)
-    return shadow if shadow.dtype == dtype else shadow.astype(dtype)  # a key has no astype
+    return value if value.dtype == dtype else value.astype(dtype)  # a key has no astype
 
 
 def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Params, State]:
@@ -79,10 +75,8 @@ def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Par
         shadow = from_paths(
             state.shadow, {path: s if s is None else leaves[path] for path, s in own.items()}
         )
-        rest = state.residue, state.ledger
-        if isinstance(state, SwappedEmaState):
-            return EmaState(state.step, shadow, *rest)
-        return SwappedEmaState(state.step, shadow, np.ones((), np.int8), *rest)
+        fields = state.step, shadow, state.residue, state.ledger
+        return EmaState(*fields) if isinstance(state, SwappedEmaState) else SwappedEmaState(*fields)
 
     return exchanged, jax.tree.map(
         lambda node: exchange(node) if any(node is state for state in chosen.values()) else node,

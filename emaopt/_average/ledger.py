@@ -31,18 +31,37 @@ class Ledger(NamedTuple):
 
 
 def start() -> Ledger:
-    """Of an average that is its initial values."""
+    """Return the ledger of an average that is its initial values."""
     return Ledger(*(jnp.full((), x, jnp.float32) for x in (1, 0, 1, 0, 0, 0, 0)))
 
 
-def advance(ledger: Ledger, rate: jax.Array, stalled: jax.Array) -> Ledger:
-    """After an update with this rate; one with rate 0 takes nothing, so nothing could stall."""
+def record(ledger: Ledger, rate: jax.Array, stalled: jax.Array) -> Ledger:
+    """Return the ledger after an update with this rate.
+
+    A rate of 1 takes the value alone: the sums are what they are of one weight, exactly. An update
+    with rate 0 takes nothing, so nothing could stall.
+    """
     rate = jnp.asarray(rate).astype(jnp.float32)
-    old, low = ledger[:3], ledger[4:]
-    initial, age, square = map(jnp.add, old, low)
-    increments = -initial * rate, 1 - (age + 1) * rate, (square * (rate - 2) + rate) * rate
-    new, lost = zip(*map(add, old, low, increments), strict=True)
+    initial = ledger.initial + ledger.lost_initial
+    age = ledger.age + ledger.lost_age
+    square = ledger.square + ledger.lost_square
     copied = rate >= 1
-    new = (jnp.where(copied, x, y) for x, y in zip((0, 0, 1), new, strict=True))
-    lost = (jnp.where(copied, 0, x) for x in lost)
-    return Ledger._make((*new, jnp.where(rate > 0, stalled, ledger.stalled), *lost))
+
+    def after(x: jax.Array, lost: jax.Array, increment: jax.Array, of_a_copy: int) -> list:
+        new, lost = add(x, lost, increment)
+        return [jnp.where(copied, of_a_copy, new), jnp.where(copied, 0, lost)]
+
+    new_initial, lost_initial = after(ledger.initial, ledger.lost_initial, -initial * rate, 0)
+    new_age, lost_age = after(ledger.age, ledger.lost_age, 1 - (age + 1) * rate, 0)
+    new_square, lost_square = after(
+        ledger.square, ledger.lost_square, (square * (rate - 2) + rate) * rate, 1
+    )
+    return Ledger(
+        initial=new_initial,
+        age=new_age,
+        square=new_square,
+        stalled=jnp.where(rate > 0, stalled, ledger.stalled),
+        lost_initial=lost_initial,
+        lost_age=lost_age,
+        lost_square=lost_square,
+    )

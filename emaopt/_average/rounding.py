@@ -1,66 +1,205 @@
-"""How a number is stored to which a little is added again and again.
+"""How one leaf of an average is stored and rounded.
 
-Rounded to nearest, an increment below half a unit in the last place is lost, every time: a float32
-average of decay 0.9999 never closes a gap of 1e-3, a bfloat16 one does not move at all. Two ways
-out: `compensated` keeps what was lost and adds it next time (twice the memory), `stochastic` rounds
-up or down by chance, right on average (half the memory of float32).
+A small increment is added to the same number again and again. Rounded to nearest, an increment
+below half a unit in the last place is lost each time: a float32 average of decay 0.9999 never
+closes a gap of 1e-3, and a bfloat16 average does not move at all. `Compensated` keeps what was lost
+and adds it at the next update (twice the memory). `Stochastic` rounds up or down by chance, which
+is right on average (half the memory of float32).
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from emaopt._tree.numbers import wide
+
+
+class Stored(NamedTuple):
+    """One leaf of an average: the shadow, and the residue that rounding took from it."""
+
+    shadow: Any  # None if the leaf is absent
+    residue: Any = None
+
+    def value(self) -> jax.Array:
+        """Return the stored number: the shadow plus its residue, if it has one."""
+        if self.residue is None:
+            return self.shadow
+        dtype = wide(self.shadow.dtype)
+        return self.shadow.astype(dtype) + self.residue.astype(dtype)
+
+
+class Draw(NamedTuple):
+    """The source of the random bits of a leaf: the number of the update and of the leaf."""
+
+    step: jax.Array
+    leaf: int
+
 
 @dataclasses.dataclass(frozen=True)
-class Accumulator:
-    """How the leaves of an average are stored. `dtype` None: as wide as the values, or float32."""
+class Rounding:
+    """How the leaves of an average are stored: what `compensated()` and `stochastic()` return.
+
+    Pass it as `accumulator_dtype`. A plain dtype there means rounding to nearest. `dtype` is the
+    dtype of the shadow; None means the dtype of the values or float32, whichever is wider.
+
+    >>> isinstance(compensated(), Rounding)
+    True
+    """
 
     dtype: Any = None
-    rounding: str = "nearest"
+    has_residue: ClassVar[bool] = False
+
+    def start(self, x: jax.Array) -> Stored:
+        """Return a value as an average that starts with it stores it."""
+        return Stored(jnp.array(x, self._dtype(x), copy=True))
+
+    def difference(self, before: Stored, value: jax.Array) -> jax.Array:
+        """Return the stored number minus a value. The value's dtype is that of the arithmetic."""
+        return before.shadow.astype(value.dtype) - value
+
+    def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
+        """Return the leaf after an increment, rounded."""
+        raise NotImplementedError
+
+    def move(self, before: Stored, value: jax.Array, rate: Any, draw: Draw) -> Stored:
+        """Return the leaf after `shadow -= (shadow - value) * rate`.
+
+        At rate 1 it is the value exactly, and at rate 0 it keeps every bit, whatever the value is.
+        """
+        share = jnp.asarray(rate).astype(value.dtype)
+        new = self.add(before, -self.difference(before, value) * share, draw)
+        if _is_between(rate):
+            return new
+        copy = self.start(value)
+        return jax.tree.map(lambda *x: _taken(rate, *x), new, before, copy)
+
+    def held(self, before: Stored, after: Stored, value: jax.Array, rate: Any) -> jax.Array:
+        """Return where the value should have moved the leaf, and rounding held it."""
+        del rate
+        still = after.shadow == before.shadow
+        if after.residue is not None:
+            still &= after.residue == before.residue
+        return (self.difference(before, value) != 0) & still
+
+    def _dtype(self, x: jax.Array) -> Any:
+        return self.dtype or wide(x.dtype)
 
 
-def compensated(dtype: DTypeLike = jnp.float32) -> Accumulator:
-    """An `accumulator_dtype` that loses nothing: what rounding took is kept and added next time.
+@dataclasses.dataclass(frozen=True)
+class Nearest(Rounding):
+    """Each update is rounded to the nearest number of the dtype."""
 
-    The state has a `residue` beside the shadow, of the same dtype: float32 takes 8 bytes per
-    parameter and is as exact as float64 would be to some 1e-8; bfloat16 takes 4 and has 16 bits.
+    def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
+        """Return the leaf after an increment, rounded to nearest."""
+        del draw
+        total = before.shadow.astype(increment.dtype) + increment
+        return Stored(total.astype(before.shadow.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compensated(Rounding):
+    """What rounding takes is kept in a residue and added at the next update."""
+
+    has_residue: ClassVar[bool] = True
+
+    def start(self, x: jax.Array) -> Stored:
+        """Return a value rounded, and what rounding took from it."""
+        shadow = jnp.array(x, self._dtype(x), copy=True)
+        return Stored(shadow, (x - shadow.astype(x.dtype)).astype(shadow.dtype))
+
+    def difference(self, before: Stored, value: jax.Array) -> jax.Array:
+        """Return the stored number minus a value.
+
+        The residue is added last. Added to the shadow first, it would be rounded away.
+        """
+        shadow, residue = (x.astype(value.dtype) for x in _both(before))
+        return (shadow - value) + residue
+
+    def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
+        """Return the leaf after an increment, and what rounding takes from the sum."""
+        del draw
+        shadow, residue = (x.astype(increment.dtype) for x in _both(before))
+        total, lost = add(shadow, residue, increment)
+        new = total.astype(before.shadow.dtype)
+        # two roundings: `lost` is what the sum lost, `total - new` what the narrower dtype loses
+        left = (total - new.astype(total.dtype)) + lost
+        return Stored(new, left.astype(before.shadow.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stochastic(Rounding):
+    """Each update is rounded up or down by chance, which is right on average."""
+
+    def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
+        """Return the leaf after an increment, rounded up or down by chance."""
+        shadow = before.shadow.astype(increment.dtype)
+        return Stored(add_stochastically(shadow, increment, draw.step, draw.leaf))
+
+    def move(self, before: Stored, value: jax.Array, rate: Any, draw: Draw) -> Stored:
+        """Return the leaf after `shadow -= (shadow - value) * rate`.
+
+        The value, too, is rounded by chance at rate 1: it is added to 0. So what goes into the sum
+        is chosen, and not what comes out: one sum is rounded in place of two.
+        """
+        share = jnp.asarray(rate).astype(value.dtype)
+        increment = _taken(rate, -self.difference(before, value) * share, 0, value)
+        shadow = before.shadow.astype(value.dtype)
+        shadow = _taken(rate, shadow, shadow, 0)
+        return self.add(Stored(shadow), increment, draw)
+
+    def held(self, before: Stored, after: Stored, value: jax.Array, rate: Any) -> jax.Array:
+        """Return where the increment is too small to be a number, so that chance cannot move it."""
+        del after
+        difference = self.difference(before, value)
+        return (difference != 0) & (difference * jnp.asarray(rate).astype(value.dtype) == 0)
+
+
+def compensated(dtype: DTypeLike = jnp.float32) -> Compensated:
+    """Return an `accumulator_dtype` that loses nothing to rounding.
+
+    What rounding took is kept as `residue` beside the shadow, in the same dtype, and added at the
+    next update. In float32 it takes 8 bytes per parameter and is as exact as a float64 average, to
+    about 1e-8. In bfloat16 it takes 4 bytes and has about 16 bits of precision.
     Kahan 1965, Neumaier 1974.
 
     >>> compensated()
-    Accumulator(dtype=dtype('float32'), rounding='compensated')
+    Compensated(dtype=dtype('float32'))
     """
-    return Accumulator(_floating("compensated", dtype), "compensated")
+    return Compensated(_floating("compensated", dtype))
 
 
-def stochastic(dtype: DTypeLike = jnp.bfloat16) -> Accumulator:
-    """An `accumulator_dtype` of 2 bytes per parameter whose rounding is right on average.
+def stochastic(dtype: DTypeLike = jnp.bfloat16) -> Stochastic:
+    """Return an `accumulator_dtype` of 2 bytes per parameter that is right on average.
 
-    Up with the probability with which the value lies there between its two neighbours, so that
-    increments of any size get through. The price is noise: sqrt(u d / 2), with u one unit in the
-    last place (2**-8 to 2**-7 of the element) and d the distance to the values averaged, whatever
-    the decay. The bits are a hash of the step, the leaf and the place of the element in it: the
-    same in every run, on every mesh. bfloat16 only.
+    Each update rounds up with the probability with which the value lies there between its two
+    neighbours. So increments of any size get through. The price is noise with standard deviation
+    sqrt(u * d / 2): u is the spacing of bfloat16 at the element, 2**-8 to 2**-7 of it, and d is its
+    distance to the values that are averaged. The noise does not depend on the decay. The random
+    bits are a hash of the step, the leaf and the position of the element in it, so they are the
+    same in every run and on every mesh. `dtype` is bfloat16.
 
     >>> stochastic()
-    Accumulator(dtype=dtype(bfloat16), rounding='stochastic')
+    Stochastic(dtype=dtype(bfloat16))
     """
     dtype = _floating("stochastic", dtype)
     if dtype != jnp.bfloat16:
         raise ValueError(
             f"dtype={dtype} is not rounded stochastically. Pass bfloat16, or use compensated."
         )
-    return Accumulator(dtype, "stochastic")
+    return Stochastic(dtype)
 
 
-def as_accumulator(accumulator_dtype: DTypeLike | Accumulator | None) -> Accumulator:
-    """What the argument `accumulator_dtype` means: a dtype is rounded to nearest."""
-    if accumulator_dtype is None or isinstance(accumulator_dtype, Accumulator):
-        return accumulator_dtype or Accumulator()
-    return Accumulator(_floating("accumulator_dtype", accumulator_dtype))
+def as_rounding(accumulator_dtype: DTypeLike | Rounding | None) -> Rounding:
+    """Return what the argument `accumulator_dtype` means; a dtype is rounded to nearest."""
+    if isinstance(accumulator_dtype, Rounding):
+        return accumulator_dtype
+    if accumulator_dtype is None:
+        return Nearest()
+    return Nearest(_floating("accumulator_dtype", accumulator_dtype))
 
 
 def _floating(name: str, dtype: Any) -> np.dtype:
@@ -73,10 +212,46 @@ def _floating(name: str, dtype: Any) -> np.dtype:
     return known
 
 
-def add(x: jax.Array, low: jax.Array, increment: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x + low + increment`, and what rounding took from it; of one dtype.
+def _both(leaf: Stored) -> tuple[jax.Array, jax.Array]:
+    assert leaf.residue is not None
+    return leaf.shadow, leaf.residue
 
-    Exact for any magnitudes but for the rounding of `low + increment` (Knuth's sum).
+
+def _is_between(rate: Any) -> bool:
+    """Return whether a rate is known to be above 0 and below 1 when the update is traced.
+
+    Then nothing has to be chosen. A constant decay compiles to the bare formula.
+    """
+    return isinstance(rate, np.floating) and bool(0 < rate < 1)
+
+
+def _taken(rate: Any, new: jax.Array, old: Any, value: Any) -> jax.Array:
+    """Return the new number; the value itself at rate 1, the old number at rate 0.
+
+    Without this choice a copy would not be exact: `x - (x - value) * 1` is rounded twice. And a
+    value of NaN that is not taken would poison the average: `nan * 0` is NaN.
+    """
+    if _is_between(rate):
+        return new
+    return jnp.where(rate >= 1, value, jnp.where(rate <= 0, old, new))
+
+
+def widen(x: jax.Array, dtype: Any) -> jax.Array:
+    """Return a value in the dtype of the arithmetic, after it was rounded to its own dtype.
+
+    XLA skips the rounding to bfloat16 where a bfloat16 sum, as that of parameter and update, is
+    used in float32 right after. The average would be of parameters that never were.
+    `reduce_precision` is a rounding that XLA keeps.
+    """
+    if x.dtype == jnp.bfloat16:
+        x = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
+def add(x: jax.Array, low: jax.Array, increment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return `x + low + increment`, and what rounding took from that sum. All of one dtype.
+
+    Exact for any magnitudes but for the rounding of `low + increment` (Knuth's two-sum).
     """
     increment = low + increment
     total = x + increment
@@ -85,21 +260,29 @@ def add(x: jax.Array, low: jax.Array, increment: jax.Array) -> tuple[jax.Array, 
 
 
 def add_stochastically(x: jax.Array, increment: jax.Array, step: jax.Array, leaf: int) -> jax.Array:
-    """`x + increment` as bfloat16, up or down by chance; both float32, x a number of bfloat16.
+    """Return `x + increment` as bfloat16, rounded up or down by chance. Both are float32.
 
-    By chance twice, since it is rounded twice. The increment, to units in the last place of x as
-    float32, with a random part of a unit between -1/2 and 1/2 added before: the sum is exact then.
-    The sum, to bfloat16, by cutting it off, with a random part between 0 and 1 added before.
+    `x` is a number of bfloat16. The sum is rounded twice, so there is chance twice. First the
+    increment is rounded to whole units in the last place of `x` as float32; then the sum is exact.
+    Then the sum is rounded to bfloat16. Without the first, an increment below half a unit of
+    float32 would be lost before chance could save it.
     """
     random = _random(x.shape, step, leaf)
-    first, second = random & jnp.uint32(0xFFFF0000), random & jnp.uint32(0xFFFF)
+    first, second = random & jnp.uint32(0xFFFF0000), random & jnp.uint32(0xFFFF)  # 16 bits each
+    # the power of 2 below |x|: its exponent bits alone. Not below 2**-103, where a unit would be
+    # denormal, which XLA flushes to 0 on CPU; and not infinity.
     exponent = jnp.clip(
         _bits(x) & jnp.uint32(0x7F800000), jnp.uint32(24 << 23), jnp.uint32(254 << 23)
     )
-    unit = _number(exponent - jnp.uint32(23 << 23))
+    unit = _number(exponent - jnp.uint32(23 << 23))  # 23 bits of mantissa below the leading one
+    # 16 random bits as the mantissa of a number in [1, 2), moved to the middle of [-1/2, 1/2]
     part = _number((first >> 9) | jnp.uint32(0x3F800000)) - jnp.float32(1.5 - 2**-17)
-    whole = _number(exponent | jnp.uint32(1 << 22))  # what is added to it is rounded to units
+    # 1.5 times that power of 2: a number near it has no bits below a unit, so adding and
+    # subtracting it rounds to whole units. 1.5, so that a negative summand stays above the power.
+    whole = _number(exponent | jnp.uint32(1 << 22))
     total = x + (((increment + part * unit) + whole) - whole)
+    # the upper 16 bits of a float32 are a bfloat16. A random number added to the lower 16 carries
+    # into the upper as often as the lower are large. NaN would carry into another number.
     bits = _bits(total)
     bits = jnp.where(jnp.isnan(total), bits, bits + second)
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
@@ -114,13 +297,13 @@ def _number(bits: jax.Array) -> jax.Array:
 
 
 def _random(shape: tuple[int, ...], step: jax.Array, leaf: int) -> jax.Array:
-    """32 bits for each element: a hash of the step, the leaf and the place in it."""
+    """Return 32 bits for each element: a hash of the step, the leaf and the place in it."""
     seed = _hash(_hash(step.astype(jnp.uint32)) + jnp.uint32((leaf + 1) * 0x9E3779B9 % 2**32))
     return _hash(_place(shape) ^ seed)
 
 
 def _place(shape: tuple[int, ...]) -> jax.Array:
-    """The number of each element, uint32, row by row."""
+    """Return the number of each element, uint32, row by row."""
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -128,9 +311,9 @@ def _place(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """A mixing of 32 bits in which every bit of x moves every bit of the result.
+    """Mix 32 bits so that every bit of x moves every bit of the result.
 
-    The multipliers: Chris Wellons' lowbias32.
+    The multipliers are those of lowbias32, by Chris Wellons.
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
