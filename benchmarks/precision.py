@@ -95,7 +95,7 @@ def course(
         states = part(states, jnp.int32(done))
         moved, way = (sum_of(new) - sum_of(old) for new, old in zip(states, at_first, strict=True))
         error = np.linalg.norm(sum_of(states[0]) - sum_of(states[1])) / np.linalg.norm(way)
-        held = emaopt.describe(states[0])["ema"]["stalled"]
+        held = emaopt.ledgers(states[0])["ema"]["stalled"]
         stored = sum(x.nbytes for x in (states[0].shadow, states[0].residue) if x is not None)
         followed = float(moved @ way / (way @ way))
         yield done + UPDATES // parts, (float(error), followed, float(held), stored // first.size)

@@ -42,7 +42,7 @@ from ._average.feedback import overwrite as overwrite
 from ._average.find import (
     average as average,
     averages as averages,
-    describe as describe,
+    ledgers as ledgers,
     stacked as stacked,
     swap as swap,
 )

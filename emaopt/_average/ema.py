@@ -79,7 +79,7 @@ def moving_average(
     TF1, of a tensor, it starts at zero: `init` zeros for that. `accumulator_dtype`: the dtype of
     the shadow, by default the values' own or float32, whichever is wider; or `compensated()`, which
     loses nothing to rounding, or `stochastic()`, in 2 bytes. Arithmetic is in float32 or wider in
-    any case. `ledger`: keep a record of the weights, for `describe`. TF1's
+    any case. `ledger`: keep a record of the weights, for `ledgers`. TF1's
     `ExponentialMovingAverage.apply`.
 
     >>> mean = moving_average(0.5)

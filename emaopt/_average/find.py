@@ -1,7 +1,7 @@
 """The averages in a state, whatever optax wrapped around them.
 
 `averages` finds them by name, `average` is what to evaluate with, `stacked` several of them;
-`swap` exchanges them with the parameters, `describe` says how long they are. Leaves are matched by
+`swap` exchanges them with the parameters, `ledgers` says how long they are. Leaves are matched by
 key path.
 """
 
@@ -135,7 +135,7 @@ def stacked(params: Params, opt_state: Tree, names: Iterable[str] | None = None)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
-def describe(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
+def ledgers(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
     """What is known of every average that keeps a ledger, by name: numbers, float32 [].
 
     `initial_weight`: what the initial parameters still count, of 1. `mean_age`: how many updates
@@ -149,7 +149,7 @@ def describe(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
     >>> import emaopt
     >>> mean = emaopt.moving_average(0.5, ledger=True)
     >>> state = mean.update(jnp.array([8.0]), mean.init(jnp.array([0.0])))
-    >>> {name: float(x) for name, x in describe(state)["ema"].items()}
+    >>> {name: float(x) for name, x in ledgers(state)["ema"].items()}
     {'initial_weight': 0.5, 'mean_age': 0.5, 'effective_window': 2.0, 'stalled': 0.0}
     """
     found = {name: s.ledger for name, s in averages(opt_state).items() if s.ledger is not None}

@@ -18,7 +18,7 @@ class Ledger(NamedTuple):
 
     `initial`: w(0), what the initial values still count. `age`: the mean age in updates, the sum of
     w(s) (t - s). `square`: the sum of w(s)**2; 1 / square is the effective window. `stalled`: see
-    `describe`. `lost_...`: what rounding took from the first three.
+    `ledgers`. `lost_...`: what rounding took from the first three.
     """
 
     initial: jax.Array

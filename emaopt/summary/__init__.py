@@ -26,7 +26,7 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from emaopt._average.decays import DecayLike, as_decay
-from emaopt._average.find import average, averages, describe
+from emaopt._average.find import average, averages, ledgers
 from emaopt._names import global_step
 from emaopt._optimizers.builder import OptimizerState
 from emaopt._optimizers.clip import global_norm
@@ -142,7 +142,7 @@ def _of_averages(params: Tree, opt_state: Tree, decay: Any) -> dict[str, Any]:
         averaged = average(exact, opt_state, name)
         found[f"{below}/distance"] = _norm(jax.tree.map(minus, exact, averaged))
         if state.ledger is not None:
-            found |= {f"{below}/{what}": x for what, x in describe(opt_state)[name].items()}
+            found |= {f"{below}/{what}": x for what, x in ledgers(opt_state)[name].items()}
         if (given := of_each.get(name)) is not None:
             found[f"{below}/decay"] = as_decay(given)(jnp.maximum(state.step, 1))
     return found

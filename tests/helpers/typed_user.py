@@ -95,9 +95,11 @@ def evaluate(params: Params, opt_state: optax.OptState) -> None:
     found = assert_type(emaopt.averages(opt_state), dict[str, emaopt.EmaState])
     kept: emaopt.Ledger | None = found["fast"].ledger
     print(found["fast"].shadow, kept, found["fast"].step.dtype)
-    known = assert_type(emaopt.describe(opt_state), dict[str, dict[str, jax.Array]])
+    known = assert_type(emaopt.ledgers(opt_state), dict[str, dict[str, jax.Array]])
     print(known["fast"]["mean_age"])
     assert_type(emaopt.stacked(params, opt_state, ["fast", "slow"]), Params)
+    kinds: list[emaopt.Rounding] = [emaopt.compensated(), emaopt.stochastic()]
+    print(kinds)
     assert_type(emaopt.recalibrate(forward, params, [params["w"]]), Params)
 
 

@@ -221,7 +221,7 @@ MISTAKES = {
         "Pass the EmaState",
     ),
     "no ledger": (
-        lambda: emaopt.describe(STATE),
+        lambda: emaopt.ledgers(STATE),
         "opt_state holds no ledger",
         r"emaopt\.ema\(decay, ledger=True\)",
     ),

@@ -30,7 +30,7 @@ def run(mean, updates):
 @pytest.mark.parametrize("updates", [1, 2, 500])
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
 def test_it_describes_the_weights_of_the_average(decay, updates):
-    known = emaopt.describe(run(emaopt.moving_average(decay, ledger=True), updates))["ema"]
+    known = emaopt.ledgers(run(emaopt.moving_average(decay, ledger=True), updates))["ema"]
     weights = emaopt.profile(decay, updates)
     ages = updates - np.arange(updates + 1)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
@@ -40,7 +40,7 @@ def test_it_describes_the_weights_of_the_average(decay, updates):
 
 
 def test_it_is_right_after_many_updates_of_a_long_average():
-    known = emaopt.describe(run(emaopt.moving_average(0.99999, ledger=True), 10**6))["ema"]
+    known = emaopt.ledgers(run(emaopt.moving_average(0.99999, ledger=True), 10**6))["ema"]
     kept = 1 - float(1 - np.float32(0.99999))
     np.testing.assert_allclose(known["mean_age"], kept / (1 - kept) * (1 - kept**10**6), rtol=1e-6)
     square = (1 - kept) / (1 + kept) + kept ** (2 * 10**6) * 2 * kept / (1 + kept)
@@ -65,7 +65,7 @@ def test_it_has_room_for_more_parameters_than_32_bits_count():
 def test_num_updates_counts():
     mean = emaopt.moving_average(emaopt.warmup(0.999), ledger=True)
     state = mean.update(1.0, mean.init(0.0), num_updates=40)
-    known = emaopt.describe(state)["ema"]
+    known = emaopt.ledgers(state)["ema"]
     np.testing.assert_allclose(known["initial_weight"], 41 / 50, rtol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_stalled_is_the_share_that_rounding_held():
     mean = emaopt.moving_average(0.9999, ledger=True)
     value = {"w": jnp.array([1 + 1e-4, 1.1, 1.0, 2.0]), "n": jnp.arange(7), "none": None}
     state = mean.update(value, mean.init({"w": jnp.ones(4), "n": jnp.arange(7), "none": None}))
-    assert emaopt.describe(state)["ema"]["stalled"] == 0.25
+    assert emaopt.ledgers(state)["ema"]["stalled"] == 0.25
 
 
 def test_an_update_that_takes_nothing_keeps_what_was_known_of_rounding():
@@ -81,7 +81,7 @@ def test_an_update_that_takes_nothing_keeps_what_was_known_of_rounding():
     state = mean.init(jnp.ones(4))
     for expected in (0, 1, 1):
         state = mean.update(jnp.full(4, 1 + 1e-6), state)
-        assert emaopt.describe(state)["ema"]["stalled"] == expected
+        assert emaopt.ledgers(state)["ema"]["stalled"] == expected
 
 
 def test_every_average_with_a_ledger_is_described_by_its_name():
@@ -96,7 +96,7 @@ def test_every_average_with_a_ledger_is_described_by_its_name():
     @jax.jit
     def step(params, state):
         updates, state = tx.update(params, state, params)
-        return optax.apply_updates(params, updates), state, emaopt.describe(state)
+        return optax.apply_updates(params, updates), state, emaopt.ledgers(state)
 
     *_, known = step(params, tx.init(params))
     assert list(known) == ["fast", "slow"]
@@ -111,13 +111,13 @@ def test_it_counts_the_steps_that_were_made():
     for _ in range(7):
         with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps mixes dtypes
             _, state = tx.update(params, state, params)
-    (known,) = emaopt.describe(state).values()
+    (known,) = emaopt.ledgers(state).values()
     np.testing.assert_allclose(known["initial_weight"], 0.81, rtol=1e-6)
 
 
 def test_without_a_ledger_the_error_says_how_to_have_one():
     with pytest.raises(ValueError, match=r"no ledger\. Make .*ema\(decay, ledger=True\)"):
-        emaopt.describe(emaopt.ema(0.9).init({"w": jnp.ones(2)}))
+        emaopt.ledgers(emaopt.ema(0.9).init({"w": jnp.ones(2)}))
 
 
 @pytest.mark.parametrize("ledger", [True, False])
@@ -130,4 +130,4 @@ def test_the_state_of_an_average_without_or_with_one_is_refused(ledger):
 def test_an_average_of_nothing_has_one_too():
     mean = emaopt.moving_average(0.9, ledger=True)
     state = mean.update({"n": jnp.arange(2)}, mean.init({"n": jnp.arange(2)}))
-    assert emaopt.describe(state)["ema"]["stalled"] == 0
+    assert emaopt.ledgers(state)["ema"]["stalled"] == 0
