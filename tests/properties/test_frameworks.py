@@ -24,7 +24,10 @@ from emaopt import checkpoint
 
 
 # Orbax looks for the sharding itself where plain Orbax code gives none
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+pytestmark = [
+    pytest.mark.slow,  # every test is of a whole example, trained
+    pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
+]
 
 RTOL = 1e-5  # of the largest in a tensor; 1.5e-6 was seen
 DOCUMENT = DOCS / "frameworks.md"

@@ -81,6 +81,7 @@ def test_training_under_jit_is_tensorflows_in_every_variable(case):
                 np.testing.assert_array_equal(got[name][t], row)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("case", OP_BY_OP, ids=by_id)
 def test_training_op_by_op_is_tensorflows_bit_for_bit_where_no_root_is_estimated(case):

@@ -104,6 +104,7 @@ def sent(name, tx):
 # ---- two processes ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -223,6 +224,7 @@ def test_a_chain_whose_average_is_on_the_host(average):
     assert memory_kinds(there[0]) == {"device"}
 
 
+@pytest.mark.slow
 def test_what_is_on_the_host_is_saved_and_resumed_on_another_mesh(tmp_path):
     tx = optax.chain(optax.sgd(0.1), emaopt.ema(0.9))
     meshes = [sharded.mesh_of(name, AxisType.Auto) for name in ("fsdp", "tensor")]
@@ -310,6 +312,7 @@ def test_a_backend_that_keeps_nothing_on_the_host_is_an_error(backend, monkeypat
 # ---- on paper -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_paper_calculation_is_what_xla_says_of_64_devices():
     cases = ["adam, float32", "rmsprop, stochastic", "momentum, host"]
     script = (

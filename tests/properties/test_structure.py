@@ -124,6 +124,7 @@ def rule_arguments(rule):
     return rule.__code__.co_argcount
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tree", "name", "place"), EVERYWHERE + WHOLE)
 def test_a_step_is_in_place_and_touches_no_more_memory_than_by_hand(tree, name, place):
     tx, params = PLACES[place](OPTIMIZERS[name]), abstract(tree)

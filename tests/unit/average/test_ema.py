@@ -217,6 +217,7 @@ def test_without_sequential_update_values_and_t_are_from_before_the_update(name)
     )
 
 
+@pytest.mark.slow
 def test_debiased_is_the_average_from_zero_divided_by_the_weight_so_far():
     from_zero = emaopt.moving_average(0.9)
     debiased = emaopt.moving_average(emaopt.debiased(0.9))
@@ -330,6 +331,7 @@ def shadow_by_hand(opt_state):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_average_finds_the_shadow_and_gives_it_in_the_dtypes_of_params(name, dtype):
@@ -348,6 +350,7 @@ def test_average_finds_the_shadow_and_gives_it_in_the_dtypes_of_params(name, dty
     assert not same(emaopt.average(params, opt_state), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("abstract", [False, True], ids=["arrays", "abstract"])
@@ -427,6 +430,7 @@ TWO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TWO)
 def test_of_several_averages_the_name_chooses_one(how):
     tx, fast, slow = TWO[how]

@@ -54,6 +54,7 @@ def chain(n, average, **options):
     return optax.chain(optax.sgd(0.1, 0.9), emaopt.overwrite(n, average, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_after_every_nth_update_the_parameters_are_the_averages_bit_for_bit(dtype):
     start, grads = cast(PARAMS, dtype), [cast(g, dtype) for g in GRADS]
@@ -66,6 +67,7 @@ def test_after_every_nth_update_the_parameters_are_the_averages_bit_for_bit(dtyp
 HALF, BRAIN, SINGLE = "float16", "bfloat16", "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "updates"),
     [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE), (SINGLE, BRAIN)],
@@ -93,6 +95,7 @@ def test_an_average_is_met_to_one_rounding_of_its_difference_and_exactly_nearby(
     assert np.any(new != a) == (jnp.finfo(updates).eps >= jnp.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 def test_the_average_and_the_optimizer_see_the_step_as_it_was():
     fed, plain = chain(4, emaopt.ema(0.9)), optax.chain(optax.sgd(0.1, 0.9), emaopt.ema(0.9))
     one, other = run(fed), run(plain)
@@ -121,6 +124,7 @@ def test_keras_overwrites_at_the_same_steps_by_the_same_numbers():
         np.testing.assert_allclose((params, opt_state[-1].shadow), wanted, rtol=5e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.5, 0.8, 1.0])
 @pytest.mark.parametrize("k", [1, 5])
 def test_lookahead_is_an_overwrite_of_an_average_of_every_kth_value(k, alpha):
@@ -159,6 +163,7 @@ def test_leaves_that_are_not_trained_stay():
 NAN = jax.tree.map(lambda p: jnp.full(p.shape, jnp.nan), PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "grads", "made"),
     [
@@ -228,6 +233,7 @@ def test_averages_of_every_kind_are_fed_back(average):
             np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_parameters_of_an_nnx_model_are_overwritten():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, chain(2, emaopt.ema(0.5)), wrt=nnx.Param)
@@ -238,6 +244,7 @@ def test_the_parameters_of_an_nnx_model_are_overwritten():
     assert_bitwise(params, emaopt.average(params, optimizer.opt_state))
 
 
+@pytest.mark.slow
 def test_it_can_be_donated_and_scanned():
     tx = chain(3, emaopt.ema(emaopt.warmup(0.9)))
     expected = run(tx)[-1]
@@ -256,6 +263,7 @@ def test_it_can_be_donated_and_scanned():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "dtype"), [(4, "float32"), (6, "bfloat16")], ids=["between", "at_an_overwrite"]
 )
@@ -270,6 +278,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(stop, dtype, tmp_path):
     assert_bitwise(run(tx, resumed[0], grads[stop:], resumed[1])[-1], history[-1])
 
 
+@pytest.mark.slow
 def test_feeding_back_is_local_to_every_device():
     sharding = NamedSharding(jax.make_mesh((8,), ("x",)), P("x"))
     params = jax.device_put(jnp.linspace(1.0, 2.0, 16), sharding)

@@ -48,6 +48,7 @@ def test_without_any_of_this_one_bad_gradient_is_for_ever(bad):
     assert not is_finite(shadow_of(state))
 
 
+@pytest.mark.slow
 @bad
 @pytest.mark.parametrize(
     "wrap",
@@ -72,6 +73,7 @@ def test_a_bad_gradient_does_not_reach_the_average(wrap, bad):
     np.testing.assert_array_equal(shadow_of(state)["w"], params["w"])
 
 
+@pytest.mark.slow
 @bad
 @kinds
 def test_bad_parameters_leave_their_leaf_and_only_it(kind, bad):

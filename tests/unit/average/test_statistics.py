@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import emaopt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", batchnorm.MODELS)
 def test_averaged_weights_lose_their_accuracy_and_recalibration_restores_it(framework):
     model = batchnorm.MODELS[framework]

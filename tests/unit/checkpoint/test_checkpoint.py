@@ -83,6 +83,7 @@ def run(tmp_path):
     return tmp_path / "run", params, opt_state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_resumes_bit_for_bit(name, tmp_path):
     tx = OPTIMIZERS[name]

@@ -258,6 +258,7 @@ def reported(saved, tmp_path_factory):
     return json.loads((path / "report.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_detected_or_touches_no_bit_that_is_loaded(damage, reported):
     """60 files each; what is not detected was in a file, or a part, that nothing depends on."""
@@ -270,6 +271,7 @@ def test_damage_is_detected_or_touches_no_bit_that_is_loaded(damage, reported):
     assert reported["intact"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_the_error_names_checkpoint_leaf_and_cause(failure, reported):
     error = reported["failures"][failure]
@@ -346,6 +348,7 @@ def check_newest(path):
     return rest["step_"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_newest_step_is_right_and_the_next_run_resumes(tmp_path):
     rng = random.Random(0)
     newest = 0
@@ -368,6 +371,7 @@ def test_killed_at_random_moments_the_newest_step_is_right_and_the_next_run_resu
         newest = step
 
 
+@pytest.mark.slow
 def test_watch_beside_a_trainer_that_deletes_old_steps(tmp_path):
     command = [*TRAINER, tmp_path / "run", "--steps", "12"]
     like, _ = trainer.init(single_device())
@@ -412,6 +416,7 @@ def finish(processes):
     return [out for out, _ in outputs]
 
 
+@pytest.mark.slow
 def test_two_processes_save_together_and_one_or_two_resume(tmp_path):
     run = tmp_path / "run"
     finish(together(run, 2))
@@ -423,6 +428,7 @@ def test_two_processes_save_together_and_one_or_two_resume(tmp_path):
     assert check_newest(run) == 4
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_killed_leaves_the_newest_step_right(tmp_path):
     survivor, killed = together(tmp_path / "run", 10000)
     assert any(line == "step 4\n" for line in killed.stdout)

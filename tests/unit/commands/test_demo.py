@@ -17,6 +17,7 @@ from emaopt.__main__ import main
 from emaopt._commands import demo
 
 
+pytestmark = pytest.mark.slow  # almost all read what one run of the command has written
 EPOCHS = 4
 STEPS = 28  # of an epoch
 WRITER = find_spec("tensorboardX") is not None

@@ -104,6 +104,7 @@ def test_ls_takes_a_run_or_a_step_of_it(orbax, capsys, monkeypatch):
     assert of_newest["opt_state/1/shadow/bias"]["bytes"] == 6
 
 
+@pytest.mark.slow
 @tensorflow
 def test_ls_in_a_pipe_is_plain_quiet_and_whole():
     checkpoint = str(GOLDEN / "adam" / "model.ckpt-20")

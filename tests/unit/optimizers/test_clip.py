@@ -201,6 +201,7 @@ def test_the_derivative_of_the_global_norm_at_zero_is_zero():
     np.testing.assert_allclose(jax.grad(global_norm)(jnp.array([3.0, 4.0])), [0.6, 0.8], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
 def test_derivatives_are_those_of_finite_differences(name, x64):
     x = jnp.array([[3.0, -7.0], [6.0, 0.5]])

@@ -320,6 +320,7 @@ def test_a_schedule_is_the_number_at_the_updates_before_this_one(name):
         params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_every_hyperparameter_can_be_changed_in_the_state_without_compiling_again(name):
     factory, hyper, _, _ = OPTIMIZERS[name]

@@ -291,6 +291,7 @@ class Slim(nn.Module):
         return nn.Dense(2)(x.reshape(len(x), -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(
     ("folder", "module", "rename"),
