@@ -92,6 +92,7 @@ from ._optimizers.steps import (
     minimize as minimize,
 )
 from ._tree.packing import pack as pack, unpack as unpack, unpacked as unpacked
+from ._tree.rows import Rows as Rows, put as put, rows as rows, take as take
 
 
 __version__ = _version("emaopt")

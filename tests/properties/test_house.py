@@ -38,7 +38,7 @@ ROOMS = {
 }
 # inside a folder: its floors, ground floor first; a file may import those of the floors below
 FLOORS = {
-    "_tree": "paths numbers | leaves devices | checks | packing",
+    "_tree": "paths numbers | leaves devices | checks | packing tables | rows",
     "_average": "decays rounding | profile ledger | ema | find healing statistics | feedback host",
     "_optimizers": "builder clip learning_rate steps | rules",
     "checkpoint": "_index _leaf _digest _run | _stored | _items | __init__",
