@@ -1,6 +1,6 @@
-"""Names: of parameters, of TF1's variables in a state, and of leaves by pattern.
+"""Names of parameters, of TF1's variables in a state, and masks by name.
 
-A state of emaopt is exactly TF1's variables, so its *name tree* has one TF1 name at every leaf:
+An emaopt state is exactly TF1's variables. So its *name tree* has one TF1 name at every leaf:
 `conv/kernel/Adam_1`, `beta1_power`, `conv/kernel/ExponentialMovingAverage`, `global_step`.
 """
 
@@ -10,11 +10,13 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
+import optax
 
 from emaopt._average.ema import EmaState, SwappedEmaState
 from emaopt._optimizers.builder import OptimizerState
 from emaopt._optimizers.rules import KINDS
 from emaopt._tree.checks import check_unique, did_you_mean
+from emaopt._tree.leaves import by_path
 from emaopt._tree.numbers import is_inexact
 from emaopt._tree.packing import check_unpacked
 from emaopt._tree.paths import Tree, is_none, leaf_names
@@ -29,11 +31,17 @@ _OF_A_VARIABLE = re.compile(
 
 
 def names(tree: Tree) -> Tree:
-    """The tree with its name at every leaf: key path, joined with a slash.
+    """Return the tree with the name of each leaf in its place: its key path, joined with a slash.
 
-    In an emaopt state, TF1's variable names: `w/Adam`, `w/Adam_1`, `beta1_power`, `global_step`
-    (the steps of all states are TF1's one global step), `w/ExponentialMovingAverage`. As in TF1, a
-    second variable of one name gets `_1`.
+    A name sees through whatever wraps one array: Linen's `Partitioned`, NNX's `Variable`, haliax's
+    `NamedArray`. The tree of names keeps these wrappers.
+
+    In an emaopt state the names are those of TF1's variables: `w/Adam`, `w/Adam_1`, `beta1_power`,
+    `w/ExponentialMovingAverage`. The steps of all states have one name, as TF1 has one
+    `global_step`. As in TF1, a second variable of one name gets `_1`.
+
+    Raises:
+        ValueError: two leaves have the same name, or the tree is packed.
 
     >>> names({"conv": {"kernel": 1.0, "bias": 2.0}})
     {'conv': {'bias': 'conv/bias', 'kernel': 'conv/kernel'}}
@@ -61,7 +69,10 @@ def names(tree: Tree) -> Tree:
 
 
 def _average_names(state: Any, unique: Callable[[str], str]) -> Any:
-    """What TF1 does not have stands below the variable, or, of the whole average, by itself."""
+    """Return the names of an average's leaves.
+
+    TF1 has no residue and no ledger. A residue is named below its average, a ledger by itself.
+    """
     shadow = jax.tree.map(lambda name: unique(average_name(name)), _plain(state.shadow))
     below = lambda name: unique(f"{average_name(name)}/residue")
     residue = jax.tree.map(below, _plain(state.residue))
@@ -87,7 +98,7 @@ def _all(tree: Any, name: str) -> Any:
 
 
 def _plain(tree: Tree) -> Tree:
-    """The names by key path, absent leaves absent; two of the same name are an error."""
+    """Return the names by key path; absent leaves stay absent, equal names are an error."""
     check_unpacked(
         "tree", tree, "Its leaves have names in emaopt.unpack(tree); for a mask, emaopt.unpacked."
     )
@@ -104,7 +115,7 @@ def _is_state(node: Any) -> bool:
 
 
 def average_name(name: str) -> str:
-    """The name under which TF1 keeps the average of a variable.
+    """Return the name under which TF1 keeps the average of a variable.
 
     >>> average_name("conv/kernel")
     'conv/kernel/ExponentialMovingAverage'
@@ -113,9 +124,9 @@ def average_name(name: str) -> str:
 
 
 def origin(name: str) -> tuple[str, str, str]:
-    """The inverse of `names`: the variable that a slot or an average belongs to, kind and number.
+    """Return the variable that a slot or an average belongs to, its kind and its number.
 
-    A name that is none of these belongs to itself.
+    The inverse of `names`. Any other name belongs to itself.
 
     >>> origin("conv/kernel/Adam_1"), origin("conv/kernel")
     (('conv/kernel', 'Adam', '_1'), ('conv/kernel', '', ''))
@@ -125,9 +136,13 @@ def origin(name: str) -> tuple[str, str, str]:
 
 
 def role(name: str, known: Collection[str]) -> tuple[str, str]:
-    """What TF1 keeps under a name, beside the other names; and the path that it has in emaopt.
+    """Return what a TF1 variable is, and where it goes in emaopt.
 
     A slot, an average, a power or a step may be in a scope: `train/w/Adam` is a slot of `w`.
+
+    Args:
+        name: the name of the variable.
+        known: all names in the checkpoint. They tell whose slot it is.
 
     >>> role("w/Adam_1", ["w", "w/Adam", "w/Adam_1"])
     ('slot v of w', 'opt_state: slots/v/w')
@@ -151,7 +166,7 @@ def role(name: str, known: Collection[str]) -> tuple[str, str]:
 
 
 def variable_of(name: str, known: Collection[str]) -> str | None:
-    """The known variable that a name ends with, the longest one.
+    """Return the longest known variable that a name ends with, or `None`.
 
     >>> variable_of("train/conv/kernel", ["conv/kernel", "kernel"])
     'conv/kernel'
@@ -162,12 +177,22 @@ def variable_of(name: str, known: Collection[str]) -> str | None:
 
 
 def matching(pattern: str) -> Callable[[Tree], Tree]:
-    """A mask function: true where the regular expression is found in the leaf's name.
+    """Return a mask function: true where the regular expression is found in the leaf's name.
 
-    For `optax.masked` and for `var_list`.
+    For `optax.masked` (weight decay, averages, frozen parameters) and for `var_list`. The names are
+    those of `names`, and the mask has the wrappers of the tree (Linen's `Partitioned`).
 
-    >>> matching("kernel$")({"conv": {"kernel": 1.0, "bias": 2.0}})
-    {'conv': {'bias': False, 'kernel': True}}
+    Args:
+        pattern: a regular expression, as for `re.search`: `"kernel$"`, `"^encoder/"`.
+
+    Returns:
+        A function from a tree to a tree of booleans. It raises `ValueError` where the pattern is
+        found in no name of the tree, because a mask that is true nowhere decays, averages or trains
+        nothing. Leaves that are absent or masked out already count as found.
+
+    Example:
+        >>> matching("kernel$")({"conv": {"kernel": 1.0, "bias": 2.0}})
+        {'conv': {'bias': False, 'kernel': True}}
     """
     try:
         found = re.compile(pattern)
@@ -175,11 +200,30 @@ def matching(pattern: str) -> Callable[[Tree], Tree]:
         raise ValueError(
             f"pattern={pattern!r} is not a regular expression: {error}. Pass one, as for re.search."
         ) from None
-    return lambda tree: jax.tree.map(lambda name: bool(found.search(name)), _plain(tree))
+
+    def mask(tree: Tree) -> Tree:
+        named = _plain(tree)
+        there = jax.tree.leaves(named)
+        if there and not any(map(found.search, [*there, *_left_out(tree)])):
+            some = ", ".join(map(repr, there[:8])) + (", ..." if len(there) > 8 else "")
+            raise ValueError(
+                f"pattern={pattern!r} is found in no name of the tree, so the mask would be true "
+                f"nowhere. Pass a pattern of names that are there: {some}."
+            )
+        return jax.tree.map(lambda name: found.search(name) is not None, named)
+
+    return mask
+
+
+def _left_out(tree: Tree) -> list[str]:
+    """Return the names of the leaves that are absent or masked out."""
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    absent = jax.tree.map(lambda x: None if is_masked(x) else x, tree, is_leaf=is_masked)
+    return ["/".join(path) for path, x in by_path(absent).items() if x is None]
 
 
 def slot_names(opt_state: Tree) -> list[str]:
-    """The names of all slots in the state, sorted. TF1's `get_slot_names`.
+    """Return the names of all slots in the state, sorted. TF1's `get_slot_names`.
 
     >>> import emaopt, jax.numpy as jnp
     >>> slot_names(emaopt.rmsprop(0.1).init(jnp.zeros(2)))
@@ -189,7 +233,9 @@ def slot_names(opt_state: Tree) -> list[str]:
 
 
 def slot(opt_state: Tree, name: str) -> Tree:
-    """One slot of all parameters: a tree like the parameters. TF1's `get_slot`.
+    """Return one slot of all parameters, a tree like the parameters. TF1's `get_slot`.
+
+    The arrays are those of the state itself: a later step that donates the state deletes them.
 
     >>> import emaopt, jax.numpy as jnp
     >>> slot(emaopt.adagrad(0.1).init({"w": jnp.zeros(1)}), "accumulator")
@@ -210,7 +256,7 @@ def slot(opt_state: Tree, name: str) -> Tree:
 
 
 def global_step(opt_state: Tree) -> jax.Array:
-    """The number of updates so far, int32 []. TF1's `get_global_step`.
+    """Return the number of updates so far, int32 []. TF1's `get_global_step`.
 
     >>> import emaopt, jax.numpy as jnp
     >>> global_step(emaopt.adagrad(0.1).init(jnp.zeros(1)))
@@ -228,14 +274,26 @@ def global_step(opt_state: Tree) -> jax.Array:
 def variables_to_restore(
     params: Tree, opt_state: Tree = None, moving_average_variables: Iterable[str] | None = None
 ) -> dict[str, str]:
-    """What to read for evaluation: name in the checkpoint -> name of the variable it goes into.
+    """Return what to read for evaluation: name in a TF1 checkpoint -> name of the variable.
 
-    A variable in `moving_average_variables` (names; by default every floating-point leaf of
-    `params`) is read from its average, every other one from itself. As in TF1, the averages are
-    expected whether the state has them or not. TF1's method of that name.
+    An averaged variable is read from its average, every other one from itself. As in TF1, the
+    averages are expected whether the state has them or not. TF1's method of that name.
 
-    >>> variables_to_restore({"w": 1.0, "steps": 7})
-    {'w/ExponentialMovingAverage': 'w', 'steps': 'steps'}
+    Args:
+        params: the parameters.
+        opt_state: the state, whose slots and steps are read as well.
+        moving_average_variables: the names of the averaged variables; by default every
+            floating-point leaf of `params`.
+
+    Returns:
+        A dict from names in the checkpoint to names of variables.
+
+    Raises:
+        ValueError: `moving_average_variables` is one string, or holds an unknown name.
+
+    Example:
+        >>> variables_to_restore({"w": 1.0, "steps": 7})
+        {'w/ExponentialMovingAverage': 'w', 'steps': 'steps'}
     """
     leaves = jax.tree.leaves(params)
     own = jax.tree.leaves(_plain(params))

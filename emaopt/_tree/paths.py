@@ -1,9 +1,15 @@
-"""The names of leaves: a leaf is named by its key path, joined with a slash."""
+"""The names of leaves: a leaf is named by its key path, joined with a slash.
 
-from collections.abc import Iterable
+A name sees through whatever stands for one array. In `{"kernel": nn.Partitioned(x)}` the leaf is
+`kernel`, not `kernel/value`: see `stands_for_array`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.tree_util import FlattenedIndexKey, GetAttrKey, tree_flatten_with_path
 
 
 Tree = Any
@@ -13,45 +19,85 @@ State = TypeVar("State")
 
 
 def is_none(x) -> bool:
-    """Whether a node is an absent leaf."""
+    """Return whether a node is an absent leaf."""
     return x is None
 
 
 def leaf_names(tree: Tree) -> list[str]:
-    """The name of every leaf, absent ones too, in flattening order: `conv/kernel`."""
+    """Return the name of every leaf, absent ones too, in flattening order: `conv/kernel`."""
     return ["/".join(path) for path in leaf_paths(tree)]
 
 
 def key_paths(tree: Tree) -> list[KeyPath]:
-    """The whole key path of every leaf that is there, as Orbax names it on disk."""
-    return [tuple(map(key_name, keys)) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    """Return the whole key path of every leaf that is there, as Orbax names it on disk."""
+    return [tuple(map(key_name, keys)) for keys, _ in tree_flatten_with_path(tree)[0]]
 
 
 def leaf_paths(tree: Tree) -> list[KeyPath]:
-    """The key path of every leaf as strings; an NNX Variable's own `value` is not part of it."""
-    variables = {keys for keys, _ in _variables(tree)}
-    return [
-        tuple(map(key_name, keys[:-1] if keys[:-1] in variables else keys))
-        for keys, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
-    ]
+    """Return the key path of every leaf, absent ones too, without what wraps a single array."""
+    is_leaf = lambda node: node is None or stands_for_array(node)
+    paths = []
+    for keys, node in tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+        # usually 1; a mask may have put a node without leaves in the place of the array
+        inside = len(jax.tree.leaves(node, is_leaf=is_none))
+        paths += [tuple(map(key_name, keys))] * inside
+    return paths
+
+
+def stands_for_array(node: Any) -> bool:
+    """Return whether a node of a tree stands for one array, so that it is no level of a name.
+
+    Such are Linen's `Partitioned` and `LogicallyPartitioned`, NNX's `Variable`, haliax's
+    `NamedArray`. No package is asked: a node stands for an array if
+
+    * it is registered with JAX, and is no container (dict, list, tuple, named tuple, any other
+      mapping or sequence) and no module (a class with a base named `Module`: Equinox, NNX), whose
+      fields are levels even where there is only one, as in `eqx.nn.Embedding`;
+    * it has exactly one child, which is a leaf or stands for an array itself;
+    * the child is its `value` or its `array`, or has no name, or the class says itself that it is
+      an array (it has `shape` and `dtype`) or a box (it has `unbox`).
+    """
+    if isinstance(node, _NO_WRAPPERS):
+        return False
+    if any(base.__name__ == "Module" for base in type(node).__mro__):
+        return False
+    children = tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    if len(children) != 1:
+        return False
+    keys, child = children[0]
+    if not keys:  # a leaf
+        return False
+    return _is_named_as_array(type(node), keys[0]) and (
+        jax.tree_util.all_leaves([child], is_leaf=is_none) or stands_for_array(child)
+    )
+
+
+# arrays and numbers stand first, because most nodes are such
+_NO_WRAPPERS = (
+    *(jax.Array, np.ndarray, np.generic, str, bool, int, float, complex, type(None)),
+    *(dict, list, tuple, Mapping, Sequence),
+)
+
+
+def _is_named_as_array(kind: type, key: Any) -> bool:
+    if isinstance(key, FlattenedIndexKey):
+        return True
+    if isinstance(key, GetAttrKey) and key.name in ("value", "array"):
+        return True
+    return hasattr(kind, "unbox") or (hasattr(kind, "shape") and hasattr(kind, "dtype"))
 
 
 def shared_paths(tree: Tree) -> list[list[KeyPath]]:
-    """The key paths of every NNX Variable that a module has in several places: tied weights."""
+    """Return the key paths of every NNX Variable that stands in several places: tied weights."""
     places: dict[int, list[KeyPath]] = {}
-    for keys, variable in _variables(tree):
-        places.setdefault(id(variable), []).append(tuple(map(key_name, keys)))
+    nodes, _ = tree_flatten_with_path(tree, is_leaf=lambda x: x is None or _is_variable(x))
+    for keys, node in nodes:
+        if _is_variable(node):
+            places.setdefault(id(node), []).append(tuple(map(key_name, keys)))
     return [paths for paths in places.values() if len(paths) > 1]
 
 
-def _variables(tree: Tree) -> list[tuple[Any, Any]]:
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: x is None or _is_variable(x)
-    )
-    return [(keys, node) for keys, node in nodes if _is_variable(node)]
-
-
-def _is_variable(x) -> bool:
+def _is_variable(x: Any) -> bool:
     return any(
         base.__name__ == "Variable" and base.__module__.startswith("flax.nnx")
         for base in type(x).__mro__
@@ -93,7 +139,7 @@ def _in_order(steps: KeyPath, path: KeyPath) -> bool:
 
 
 def key_name(key) -> str:
-    """One step of a key path: a dict key, a position or a field."""
+    """Return one step of a key path as a string: a dict key, a position or a field."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

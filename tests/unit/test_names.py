@@ -1,7 +1,7 @@
 """Names: of parameters in any container, of TF1's variables in any state, of what to restore."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from flax.linen import LogicallyPartitioned, Partitioned
 
 import emaopt
 from emaopt import (
@@ -24,6 +25,7 @@ from emaopt import (
     slot_names,
     variables_to_restore,
 )
+from emaopt._tree.paths import leaf_names
 
 
 class Pair(NamedTuple):
@@ -301,7 +303,6 @@ def test_variables_to_restore_hold_the_slots_and_the_global_step_of_an_optimizer
         ("kernel$", {"conv/kernel"}),
         ("^conv/", {"conv/kernel", "conv/bias"}),
         ("r", {"conv/kernel", "norm/scale"}),
-        ("^r", set()),
         ("", {"conv/kernel", "conv/bias", "norm/scale"}),
     ],
 )
@@ -312,6 +313,152 @@ def test_matching_is_a_mask_of_the_names_in_which_the_pattern_is_found(pattern, 
     assert dict(zip(flat(tree), jax.tree.leaves(mask), strict=True)) == {
         name: name in chosen for name in ("conv/bias", "conv/kernel", "norm/scale")
     }
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"conv": {"kernel": 1.0, "bias": 2.0}},
+        {"conv": Partitioned(1.0, ("a",)), "bias": None},
+        {f"layer{i}": 1.0 for i in range(9)},
+    ],
+)
+def test_a_mask_that_is_true_nowhere_is_an_error_that_shows_names(tree):
+    first = flat(tree)[0]
+    with pytest.raises(ValueError, match=rf"pattern='karnel' is found in no .*: '{first}'"):
+        matching("karnel")(tree)
+    assert matching(first)(tree)
+
+
+@pytest.mark.parametrize("absent", [None, optax.MaskedNode()])
+def test_a_pattern_of_what_is_masked_out_or_absent_is_no_mistake(absent):
+    tree = {"conv": {"kernel": absent, "bias": 2.0}}
+    mask = matching("kernel$")(tree)
+    assert mask["conv"]["bias"] is False
+    assert jax.tree.leaves(mask) == [False]
+    assert matching("kernel$")({}) == {}
+    # one label of optax.partition sees the leaves of the others masked out
+    tx = optax.masked(optax.masked(optax.trace(0.9), matching("^w$")), matching("^b$"))
+    assert jax.tree.leaves(tx.init(PARAMS)) == []
+
+
+@dataclasses.dataclass
+class Box:
+    """What a framework puts around one array; each class below is registered in another way."""
+
+    child: Any
+
+    def tree_flatten(self):
+        return (self.child,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@jax.tree_util.register_pytree_node_class
+class Nameless(Box):
+    """As haliax registers its NamedArray: without a name for the array."""
+
+
+class Array(Box):
+    """A class with the attributes of an array."""
+
+    shape = property(lambda self: self.child.shape)
+    dtype = property(lambda self: self.child.dtype)
+
+
+class Unboxed(Box):
+    """A class with the method of Linen's boxes."""
+
+    def unbox(self):
+        return self.child
+
+
+class Module(Box):
+    """A module with one array."""
+
+
+class Scale(Module):
+    """A module of a framework, with one array of that name."""
+
+
+class Alone(Box):
+    """Anything else with one child."""
+
+
+for kind, field in ((Array, "data"), (Unboxed, "data"), (Scale, "value"), (Alone, "data")):
+    jax.tree_util.register_pytree_with_keys(
+        kind,
+        lambda box, field=field: ([(jax.tree_util.GetAttrKey(field), box.child)], None),
+        lambda _, children, kind=kind: kind(*children),
+    )
+
+
+class Embedding(eqx.Module):
+    value: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        (Partitioned(1.0, ("a",)), "w"),
+        (LogicallyPartitioned(1.0, ("a",)), "w"),
+        (LogicallyPartitioned(Partitioned(1.0, ("a",)), ("a",)), "w"),
+        (nnx.Param(jnp.zeros(2)), "w"),
+        (nnx.BatchStat(jax.ShapeDtypeStruct((2,), jnp.float32)), "w"),
+        (Nameless(1.0), "w"),
+        (Array(1.0), "w"),
+        (Unboxed(1.0), "w"),
+        (Alone(1.0), "w/data"),
+        (Scale(1.0), "w/value"),
+        (Embedding(jnp.zeros(2)), "w/value"),
+        (eqx.nn.Embedding(2, 3, key=jax.random.key(0)), "w/weight"),
+        (Partitioned({"a": 1.0}, ("a",)), "w/value/a"),
+        (Nameless([1.0]), "w/0/0"),
+        ({"value": 1.0}, "w/value"),
+        (FrozenDict({"value": 1.0}), "w/value"),
+        (nnx.State({"value": nnx.Param(1.0)}), "w/value"),
+        ([1.0], "w/0"),
+        (emaopt.pack({"a": jnp.zeros(2)}), None),
+    ],
+)
+def test_a_name_sees_through_what_stands_for_one_array(node, name):
+    if name is None:  # packed: names are refused, but its array keeps its own
+        assert leaf_names({"w": node})[0].startswith("w/float32_")
+        return
+    assert flat({"w": node}) == [name]
+    assert jax.tree.leaves(matching(f"^{name}$")({"w": node, "b": 2.0})) == [False, True]
+    assert leaf_names({"w": node}) == [name]
+
+
+@pytest.mark.parametrize("box", [lambda x: Partitioned(x, ("a",)), Nameless, nnx.Param])
+def test_boxed_parameters_are_masked_averaged_and_named_as_bare_ones(box):
+    bare = {"norm": {"scale": jnp.ones(2)}, "dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
+    boxed = {layer: {k: box(x) for k, x in leaves.items()} for layer, leaves in bare.items()}
+    boxed["norm"]["scale"] = bare["norm"]["scale"]  # as in Linen, some are not boxed
+    tx = optax.chain(
+        optax.masked(optax.add_decayed_weights(1.0), matching("kernel$")),
+        emaopt.momentum(0.5, 0.9),
+        optax.masked(ema(0.5), matching("kernel$|scale$")),
+    )
+
+    def train(params):
+        grads = jax.tree.map(jnp.zeros_like, params)
+        return emaopt.apply_gradients(tx, grads, params, tx.init(params))
+
+    (p, s), (q, t) = train(bare), train(boxed)
+    np.testing.assert_array_equal(jax.tree.leaves(p), jax.tree.leaves(q))
+    assert jax.tree.leaves(names(s)) == jax.tree.leaves(names(t))
+    averaged = emaopt.average(q, t)
+    assert jax.tree.structure(averaged) == jax.tree.structure(q)
+    np.testing.assert_array_equal(jax.tree.leaves(emaopt.average(p, s)), jax.tree.leaves(averaged))
+    np.testing.assert_array_equal(averaged["norm"]["scale"], [1.0, 1.0])
+    assert jax.tree.leaves(averaged["dense"]["kernel"])[0][0] == 0.75  # of 1 and 0.5
+    # either form of the parameters goes with either form of the state
+    np.testing.assert_array_equal(
+        jax.tree.leaves(emaopt.average(p, t)), jax.tree.leaves(emaopt.average(q, s))
+    )
 
 
 def test_matching_is_a_mask_for_optax():
