@@ -1,8 +1,12 @@
 """TF1's seven optimizers: what each does to one leaf, in the order of TF1's kernel.
 
-Hyper-parameters may be numbers or traced values (`optax.inject_hyperparams`); only numbers can be
-checked. Every optimizer takes a learning rate that is a number or a schedule, a function of the
-number of updates before this one.
+A rule computes one leaf: `rule(g, p, *slots, **hyper) -> (update, *new_slots)`. `g` is the
+gradient, `p` the parameter, and the update is what `optax.apply_updates` adds to it. The order of
+operations is that of TF1's CPU kernels, so that the numbers are TF1's, too.
+
+Every optimizer takes a learning rate that is a number or a schedule, a function of the number of
+updates before this one (0, 1, ...). Hyper-parameters may be traced (`optax.inject_hyperparams`,
+`jax.vmap` over learning rates); only numbers can be checked.
 """
 
 from typing import Any
@@ -13,10 +17,10 @@ import optax
 from jax.typing import ArrayLike
 
 from emaopt._tree.checks import NOT_NEGATIVE, POSITIVE, check
-from emaopt._tree.numbers import is_concrete
 
 from .builder import optimizer
 from .learning_rate import LearningRate
+from .numerics import after, root, sqrt
 
 
 # the word that TF1 puts into the names of slots, by the slots in TF1's order of creation
@@ -33,31 +37,52 @@ KINDS = {
 
 
 def gradient_descent(learning_rate: LearningRate) -> optax.GradientTransformationExtraArgs:
-    """`p -= g * lr`. TF1's `GradientDescentOptimizer`; no slots.
+    """Return TF1's `GradientDescentOptimizer`: `p -= g * lr`. It keeps no slots.
 
-    >>> tx, p = gradient_descent(0.5), jnp.array([1.0])
-    >>> tx.update(jnp.array([4.0]), tx.init(p), p)[0]
-    Array([-2.], dtype=float32)
+    Complex parameters are taken as Optax takes them, `p -= g * lr` without a conjugate. Of a real
+    loss `jax.grad` gives the conjugate of the direction in which it grows: pass
+    `jax.tree.map(jnp.conj, grads)`. `emaopt.minimize` does that itself.
+
+    Args:
+        learning_rate: a finite number, or a schedule of the number of updates before this one.
+
+    Example:
+        >>> tx, p = gradient_descent(0.5), jnp.array([1.0])
+        >>> tx.update(jnp.array([4.0]), tx.init(p), p)[0]
+        Array([-2.], dtype=float32)
     """
 
     def rule(g, p, *, learning_rate):
         return (-(g * learning_rate),)
 
-    return optimizer(rule, {}, learning_rate=learning_rate)
+    return optimizer(rule, {}, linear=True, learning_rate=learning_rate)
 
 
 def momentum(
     learning_rate: LearningRate, momentum: ArrayLike, use_nesterov: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """`a = a * momentum + g; p -= a * lr`. TF1's `MomentumOptimizer`; slot `momentum`, from 0.
+    """Return TF1's `MomentumOptimizer`: `a = a * momentum + g; p -= a * lr`.
 
     With `use_nesterov`: `p -= g * lr + a * momentum * lr`. The learning rate is outside the
-    accumulator. Qian 1999; Sutskever et al. 2013.
+    accumulator, so that a change of it acts on the whole velocity at once. Slot: `momentum`, from
+    0. Complex parameters as in `gradient_descent`. Qian 1999; Sutskever et al. 2013.
 
-    >>> tx, p = momentum(1.0, 0.5), jnp.array([0.0])
-    >>> u1, state = tx.update(jnp.array([2.0]), tx.init(p), p)
-    >>> tx.update(jnp.array([2.0]), state, p)[0]
-    Array([-3.], dtype=float32)
+    Args:
+        learning_rate: a finite number, or a schedule of the number of updates before this one.
+        momentum: a finite number, usually 0.9.
+        use_nesterov: whether to step from where the velocity leads.
+
+    Returns:
+        A transformation for `optax.chain`. Its state is an `OptimizerState`.
+
+    Raises:
+        ValueError: a number is not finite, or `momentum` is a decay of an average.
+
+    Example:
+        >>> tx, p = momentum(1.0, 0.5), jnp.array([0.0])
+        >>> u1, state = tx.update(jnp.array([2.0]), tx.init(p), p)
+        >>> tx.update(jnp.array([2.0]), state, p)[0]
+        Array([-3.], dtype=float32)
     """
 
     def rule(g, p, a, *, learning_rate, momentum):
@@ -66,19 +91,29 @@ def momentum(
             return -(g * learning_rate + a * momentum * learning_rate), a
         return -(a * learning_rate), a
 
-    return optimizer(rule, {"momentum": 0.0}, learning_rate=learning_rate, momentum=momentum)
+    hyper: dict[str, Any] = {"learning_rate": learning_rate, "momentum": momentum}
+    return optimizer(rule, {"momentum": 0.0}, linear=True, **hyper)
 
 
 def adagrad(
     learning_rate: LearningRate, initial_accumulator_value: ArrayLike = 0.1
 ) -> optax.GradientTransformationExtraArgs:
-    """`a += g * g; p -= g * lr / sqrt(a)`. TF1's `AdagradOptimizer`; slot `accumulator`.
+    """Return TF1's `AdagradOptimizer`: `a += g * g; p -= g * lr / sqrt(a)`.
 
-    No epsilon: the start value of the accumulator, above 0, is in its place. Duchi et al. 2011.
+    It has no epsilon: the start value of the accumulator keeps the root away from 0. Slot:
+    `accumulator`. Duchi et al. 2011.
 
-    >>> tx, p = adagrad(1.0, initial_accumulator_value=16.0), jnp.array([0.0])
-    >>> tx.update(jnp.array([3.0]), tx.init(p), p)[0]  # -3 / sqrt(16 + 9)
-    Array([-0.6], dtype=float32)
+    Args:
+        learning_rate: a finite number, or a schedule of the number of updates before this one.
+        initial_accumulator_value: where the accumulator starts, above 0.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> tx, p = adagrad(1.0, initial_accumulator_value=16.0), jnp.array([0.0])
+        >>> tx.update(jnp.array([3.0]), tx.init(p), p)[0]  # -3 / sqrt(16 + 9)
+        Array([-0.6], dtype=float32)
     """
     check("initial_accumulator_value", initial_accumulator_value, *POSITIVE)
 
@@ -93,16 +128,29 @@ def adagrad(
 def adadelta(
     learning_rate: LearningRate = 0.001, rho: ArrayLike = 0.95, epsilon: ArrayLike = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
-    """TF1's `AdadeltaOptimizer`; slots `accum` and `accum_update`, from 0.
+    """Return TF1's `AdadeltaOptimizer`, with TF1's default learning rate of 0.001.
 
     `a = a * rho + g * g * (1 - rho)`, `u = sqrt(d + epsilon) / sqrt(a + epsilon) * g`,
-    `p -= u * lr`, `d = d * rho + u * u * (1 - rho)`: the accumulated update `d` does not contain
-    the learning rate. Zeiler, arXiv:1212.5701.
+    `p -= u * lr`, `d = d * rho + u * u * (1 - rho)`. The accumulated update `d` does not contain
+    the learning rate. Slots: `accum` and `accum_update`, from 0. Zeiler, arXiv:1212.5701.
 
-    >>> tx, p = adadelta(1.0, rho=0.0, epsilon=9.0), jnp.array([0.0])
-    >>> tx.update(jnp.array([4.0]), tx.init(p), p)[0]  # -sqrt(9) / sqrt(16 + 9) * 4
-    Array([-2.4], dtype=float32)
+    Args:
+        learning_rate: a finite number, or a schedule of the number of updates before this one.
+        rho: the share of both accumulators that an update keeps, from 0 to 1.
+        epsilon: above 0. It is what the first updates are made of.
+
+    Returns:
+        A transformation for `optax.chain`. Its state is an `OptimizerState`.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> tx, p = adadelta(1.0, rho=0.0, epsilon=9.0), jnp.array([0.0])
+        >>> tx.update(jnp.array([4.0]), tx.init(p), p)[0]  # -sqrt(9) / sqrt(16 + 9) * 4
+        Array([-2.4], dtype=float32)
     """
+    check("epsilon", epsilon, *POSITIVE)
 
     def rule(g, p, a, d, *, learning_rate, rho, epsilon):
         def step(a, d):
@@ -110,9 +158,12 @@ def adadelta(
 
         a = a * rho + g * g * (1 - rho)
         update = -(step(a, d) * learning_rate)
+        # TF1's kernel would go on with `u`. Here `u` is computed once more for `d`, after the new
+        # parameter: XLA's CPU backend makes one loop for each result, and would else copy `d`,
+        # which the loop of the parameter reads and the loop of `d` overwrites.
         new_p = update if p is None else p + update
-        d = _again(d, new_p)
-        u = step(_again(a, new_p), d)
+        d = after(new_p, d)
+        u = step(after(new_p, a), d)
         d = d * rho + u * u * (1 - rho)
         return update, a, d
 
@@ -126,24 +177,39 @@ def adam(
     beta2: ArrayLike = 0.999,
     epsilon: ArrayLike = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    """TF1's `AdamOptimizer`; slots `m` and `v`, from 0.
+    """Return TF1's `AdamOptimizer`.
 
     `m += (g - m) * (1 - beta1)`, `v += (g * g - v) * (1 - beta2)`,
     `p -= m * alpha / (sqrt(v) + epsilon)` with
     `alpha = lr * sqrt(1 - beta2_power) / (1 - beta1_power)`. So epsilon is the paper's "epsilon
-    hat", not scaled by the bias correction. The powers are variables that start at beta1 and
-    beta2 and are multiplied after each update. Kingma and Ba, arXiv:1412.6980.
+    hat": it is not scaled by the bias correction. The powers are variables that start at beta1
+    and beta2 and are multiplied after each update. Slots: `m` and `v`, from 0. Kingma and Ba,
+    arXiv:1412.6980.
 
-    >>> tx, p = adam(0.5, epsilon=0.0), jnp.array([0.0])
-    >>> round(float(tx.update(jnp.array([-7.0]), tx.init(p), p)[0][0]), 4)  # of length lr
-    0.5
+    Args:
+        learning_rate: a finite number, or a schedule of the number of updates before this one.
+        beta1: the share of the mean `m` that an update keeps, from 0 to below 1 in float32.
+        beta2: the share of the square `v` that an update keeps, from 0 to below 1 in float32.
+        epsilon: 0 or above. With 0, a gradient that was always zero gives 0 / 0.
+
+    Returns:
+        A transformation for `optax.chain`. Its state is an `OptimizerState`.
+
+    Raises:
+        ValueError: a number is out of range, or a beta is stored in 16 bits, where 0.999 is 1
+            (`optax.inject_hyperparams` without `hyperparam_dtype=jnp.float32`).
+
+    Example:
+        >>> tx, p = adam(0.5, epsilon=0.0), jnp.array([0.0])
+        >>> round(float(tx.update(jnp.array([-7.0]), tx.init(p), p)[0][0]), 4)  # of length lr
+        0.5
     """
 
     def rule(g, p, m, v, *, learning_rate, beta1, beta2, epsilon, beta1_power, beta2_power):
         alpha = learning_rate * jnp.sqrt(1 - beta2_power) / (1 - beta1_power)
         m = m + (g - m) * (1 - beta1)
         v = v + (g * g - v) * (1 - beta2)
-        return -(m * alpha / (jnp.sqrt(v) + epsilon)), m, v
+        return -(m * alpha / (sqrt(v) + epsilon)), m, v
 
     return optimizer(
         rule,
@@ -164,17 +230,33 @@ def ftrl(
     l2_regularization_strength: ArrayLike = 0.0,
     l2_shrinkage_regularization_strength: ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """TF1's `FtrlOptimizer`; slots `accum` and `linear` (from 0).
+    """Return TF1's `FtrlOptimizer`, which makes exact zeros with L1.
 
     With `q = -learning_rate_power` and `n = accum + g * g`:
     `linear += g + 2 * shrinkage * p - (n**q - accum**q) / lr * p`, `accum = n`, and the new
     parameter is `(l1 * sign(linear) - linear) / (n**q / lr + 2 * l2)` where `|linear| > l1`, else
-    exactly 0. The parameter is computed anew from `linear`, so its initial value is soon
-    forgotten, and a zero first gradient sets it to 0. McMahan et al. 2013.
+    exactly 0. The parameter is computed anew from `linear`: its initial value is soon forgotten,
+    and a zero first gradient sets it to 0. Slots: `accum` and `linear` (from 0). McMahan et al.
+    2013.
 
-    >>> tx, p = ftrl(1.0, initial_accumulator_value=0.0), jnp.array([0.0, 5.0])
-    >>> optax.apply_updates(p, tx.update(jnp.array([4.0, 0.0]), tx.init(p), p)[0])
-    Array([-1.,  0.], dtype=float32)
+    Args:
+        learning_rate: a number above 0, or a schedule of the number of updates before this one.
+        learning_rate_power: 0 or below; -0.5 is the root, and fastest.
+        initial_accumulator_value: where `accum` starts, 0 or above.
+        l1_regularization_strength: 0 or above. What `linear` must exceed.
+        l2_regularization_strength: 0 or above. TF1 counts it twice.
+        l2_shrinkage_regularization_strength: 0 or above. Added to the gradient, not to `accum`.
+
+    Returns:
+        A transformation for `optax.chain`. Its update needs the parameters.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> tx, p = ftrl(1.0, initial_accumulator_value=0.0), jnp.array([0.0, 5.0])
+        >>> optax.apply_updates(p, tx.update(jnp.array([4.0, 0.0]), tx.init(p), p)[0])
+        Array([-1.,  0.], dtype=float32)
     """
     if not callable(learning_rate):
         check("learning_rate", learning_rate, *POSITIVE)
@@ -186,12 +268,17 @@ def ftrl(
     check("l2_shrinkage_regularization_strength", shrinkage, *NOT_NEGATIVE)
 
     def rule(g, p, accum, linear, *, learning_rate, power, l1, l2, shrinkage):
-        root, old_root = _root(accum + g * g, -power), _root(accum, -power)
-        linear = linear + (g + 2 * shrinkage * p - (root - old_root) / learning_rate * p)
-        n = _again(accum, linear) + g * g
-        quadratic = _root(n, -power) / learning_rate + 2 * l2
-        new_p = jnp.where(jnp.abs(linear) > l1, (l1 * jnp.sign(linear) - linear) / quadratic, 0)
-        return new_p - p, n, linear
+        new_root, old_root = root(accum + g * g, -power), root(accum, -power)
+        linear = linear + (g + 2 * shrinkage * p - (new_root - old_root) / learning_rate * p)
+        # TF1's kernel would go on with `new_root`. Here it is computed once more, after `linear`:
+        # XLA's CPU backend makes one loop for each result, and would else copy `accum`, which the
+        # loop of `linear` reads and the loop of `accum` overwrites.
+        accum = after(linear, accum) + g * g
+        quadratic = root(accum, -power) / learning_rate + 2 * l2
+        # Divided only where it is used: an accumulator and a gradient of zero make 0 / 0 elsewhere.
+        kept = jnp.abs(linear) > l1
+        new_p = (l1 * jnp.sign(linear) - linear) / jnp.where(kept, quadratic, 1)
+        return jnp.where(kept, new_p, 0) - p, accum, linear
 
     return optimizer(
         rule,
@@ -212,27 +299,41 @@ def rmsprop(
     epsilon: ArrayLike = 1e-10,
     centered: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """TF1's `RMSPropOptimizer`; slots `rms` (from 1) and `momentum`; `mg` too if centered.
+    """Return TF1's `RMSPropOptimizer`.
 
     `rms += (g * g - rms) * (1 - decay)`, `mom = mom * momentum + g * lr / sqrt(rms + epsilon)`,
     `p -= mom`. With `centered`: `mg += (g - mg) * (1 - decay)` and `rms - mg * mg + epsilon` under
-    the root. Epsilon is inside the root and the learning rate inside the momentum. Tieleman and
-    Hinton 2012.
+    the root. Epsilon is inside the root and the learning rate inside the momentum. Slots: `rms`
+    (from 1) and `momentum`, with `mg` between them if centered. Tieleman and Hinton 2012.
 
-    >>> tx, p = rmsprop(1.0, decay=0.0, epsilon=9.0), jnp.array([0.0])
-    >>> tx.update(jnp.array([4.0]), tx.init(p), p)[0]  # -4 / sqrt(16 + 9)
-    Array([-0.8], dtype=float32)
+    Args:
+        learning_rate: a finite number, or a schedule of the number of updates before this one.
+        decay: the share of `rms` (and `mg`) that an update keeps, from 0 to 1.
+        momentum: a finite number; 0 is no momentum, but keeps its slot.
+        epsilon: 0 or above.
+        centered: whether to subtract the square of the mean gradient.
+
+    Returns:
+        A transformation for `optax.chain`. Its state is an `OptimizerState`.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> tx, p = rmsprop(1.0, decay=0.0, epsilon=9.0), jnp.array([0.0])
+        >>> tx.update(jnp.array([4.0]), tx.init(p), p)[0]  # -4 / sqrt(16 + 9)
+        Array([-0.8], dtype=float32)
     """
 
     def rule(g, p, rms, mom, *, learning_rate, decay, momentum, epsilon):
         rms = rms + (g * g - rms) * (1 - decay)
-        mom = mom * momentum + g * learning_rate / jnp.sqrt(rms + epsilon)
+        mom = mom * momentum + g * learning_rate / sqrt(rms + epsilon)
         return -mom, rms, mom
 
     def centered_rule(g, p, rms, mg, mom, *, learning_rate, decay, momentum, epsilon):
         rms = rms + (g * g - rms) * (1 - decay)
         mg = mg + (g - mg) * (1 - decay)
-        mom = mom * momentum + g * learning_rate / jnp.sqrt(rms - mg * mg + epsilon)
+        mom = mom * momentum + g * learning_rate / sqrt(rms - mg * mg + epsilon)
         return -mom, rms, mg, mom
 
     hyper: dict[str, Any] = {"decay": decay, "momentum": momentum, "epsilon": epsilon}
@@ -241,19 +342,3 @@ def rmsprop(
         return optimizer(centered_rule, slots, learning_rate=learning_rate, **hyper)
     slots = {"rms": 1.0, "momentum": 0.0}
     return optimizer(rule, slots, learning_rate=learning_rate, **hyper)
-
-
-def _again(x, after):
-    """x, read once more when `after` is known. Nothing is above infinity, but XLA does not know.
-
-    On CPU it makes one loop per result, and copies what a later loop reads and an earlier one
-    writes over. This says which comes first: a step without copies, 1.2 to 3 times faster.
-    """
-    return jnp.where(after > jnp.inf, after, x)
-
-
-def _root(n, q):
-    """n**q; TF1's kernel takes the square root for its default power."""
-    if is_concrete(q):
-        return jnp.sqrt(n) if q == 0.5 else jnp.power(n, q)
-    return jnp.where(q == 0.5, jnp.sqrt(n), jnp.power(n, q))

@@ -51,16 +51,27 @@ def check_shape(leaf: str, **arrays) -> None:
             )
 
 
-def check_floating(name: str, tree: Tree) -> None:
-    """Raise unless all leaves are floating-point numbers; absent ones may be."""
+def check_floating(name: str, tree: Tree, complex_too: bool = False) -> None:
+    """Raise unless all leaves are floating-point numbers, or complex ones if allowed.
+
+    Leaves may be absent.
+    """
+    allowed = jnp.inexact if complex_too else jnp.floating
 
     def look(leaf: str, x) -> None:
         if x is None:
             return
         check_array(leaf, x, name)
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        dtype = jnp.result_type(x)
+        if jnp.issubdtype(dtype, jnp.complexfloating) and not complex_too:
             raise ValueError(
-                f"{name} has dtype {jnp.result_type(x)} at leaf {leaf!r}; an optimizer needs "
+                f"{name} has dtype {dtype} at leaf {leaf!r}; gradient_descent and momentum take "
+                "complex numbers, this optimizer does not. Wrap it, and real and imaginary parts "
+                "are trained as real numbers: optax.contrib.split_real_and_imaginary(optimizer)."
+            )
+        if not jnp.issubdtype(dtype, allowed):
+            raise ValueError(
+                f"{name} has dtype {dtype} at leaf {leaf!r}; an optimizer needs "
                 "floating-point numbers. Pass parameters alone (nnx.state(model, nnx.Param), "
                 'variables["params"]), or leave it out: optax.masked(optimizer, mask).'
             )

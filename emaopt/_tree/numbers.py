@@ -24,6 +24,11 @@ def wide(dtype) -> np.dtype:
     return jnp.dtype(dtype if enough else jnp.float32)
 
 
+def real_dtype(dtype) -> np.dtype:
+    """Return the dtype of real and imaginary part; of a real dtype, itself."""
+    return jnp.finfo(dtype).dtype
+
+
 def is_concrete(x) -> bool:
     """Whether a value is known now, so that it can be checked: a number or array, not traced."""
     return not isinstance(x, Tracer)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import emaopt
 from emaopt import OptimizerState
@@ -413,3 +414,136 @@ def test_the_learning_rate_is_outside_of_momentum_and_inside_of_rmsprops():
 
 def test_the_state_is_of_one_public_type():
     assert all(isinstance(make(name).init(PARAMS), OptimizerState) for name in OPTIMIZERS)
+
+
+LINEAR = ["gradient_descent", "momentum", "nesterov"]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_complex_numbers_are_trained_as_real_and_imaginary_part(name):
+    rng = np.random.default_rng(0)
+    p, *grads = rng.normal(size=(4, 3, 2)).astype(np.float32)
+    whole = lambda x: jax.lax.complex(*jnp.asarray(x).T)
+    params, state = train(make(name), whole(p), [whole(g) for g in grads])
+    wanted, wanted_state = train(make(name), jnp.asarray(p), [jnp.asarray(g) for g in grads])
+    np.testing.assert_allclose(params, whole(wanted), rtol=1e-6)
+    for slot in state.slots:
+        assert state.slots[slot].dtype == jnp.complex64
+        np.testing.assert_allclose(state.slots[slot], whole(wanted_state.slots[slot]), rtol=1e-6)
+    infinite = jax.lax.complex(jnp.float32(np.inf), jnp.float32(1))
+    update, _ = make(name).update(infinite, make(name).init(infinite))
+    assert np.isfinite(update.imag)
+
+
+def test_a_complex_gradient_is_applied_as_optax_applies_it():
+    grad, p = jnp.array([1 + 2j]), jnp.array([3 - 1j])
+    ours, theirs = emaopt.gradient_descent(0.5), optax.sgd(0.5)
+    with jax.numpy_dtype_promotion("standard"):
+        wanted, _ = theirs.update(grad, theirs.init(p))
+    np.testing.assert_array_equal(ours.update(grad, ours.init(p))[0], wanted)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(LINEAR)))
+def test_the_others_say_no_to_complex_numbers_and_what_to_wrap_them_in(name):
+    p = jnp.array([3 - 1j])
+    with pytest.raises(ValueError, match=r"complex64 at leaf .*split_real_and_imaginary"):
+        make(name).init(p)
+    wrapped = optax.contrib.split_real_and_imaginary(make(name))
+    with jax.numpy_dtype_promotion("standard"):  # Optax multiplies by 1j
+        updates, _ = wrapped.update(p, wrapped.init(p), p)
+    assert updates.dtype == jnp.complex64
+
+
+def test_a_complex_gradient_of_a_real_parameter_is_refused():
+    tx, p = emaopt.momentum(0.1, 0.9), jnp.ones(1)
+    with pytest.raises(ValueError, match=r"updates has dtype complex64.*the state has float32"):
+        tx.update(jax.lax.complex(p, p), tx.init(p), p)
+
+
+@each_optimizer
+def test_init_takes_abstract_parameters_and_makes_real_slots(name):
+    abstract = jax.eval_shape(lambda: cast(PARAMS, jnp.bfloat16))
+    assert_equal(make(name).init(abstract), make(name).init(cast(PARAMS, jnp.bfloat16)))
+
+
+def test_abstract_parameters_keep_their_sharding():
+    sharding = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
+    abstract = jax.ShapeDtypeStruct((16, 2), jnp.float32, sharding=sharding)
+    state = emaopt.adam().init(abstract)
+    assert state.slots["m"].sharding.is_equivalent_to(sharding, 2)
+
+
+@pytest.mark.parametrize("beta", ["beta1", "beta2"])
+@pytest.mark.parametrize("value", [1, 1.0, 1 - 1e-9, 1.5, -0.1, jnp.float32(1), np.float64(1)])
+def test_a_beta_of_one_is_refused_because_adam_divides_by_what_is_left(beta, value):
+    with pytest.raises(ValueError, match=f"{beta}=.* is out of range.*below 1"):
+        emaopt.adam(**{beta: value})
+
+
+@pytest.mark.parametrize("make_with", [emaopt.adadelta, lambda **k: emaopt.rmsprop(0.1, **k)])
+def test_a_share_that_rounds_to_one_is_refused_where_it_is_used(make_with, x64):
+    share = "rho" if make_with is emaopt.adadelta else "decay"
+    tx = make_with(**{share: 1 - 1e-9})
+    wide, narrow = jnp.ones(2, jnp.float64), jnp.ones(2, jnp.float32)
+    tx.update(wide, tx.init(wide), wide)
+    with pytest.raises(ValueError, match=f"{share}=0.999999999 is 1 in float32"):
+        tx.update(narrow, tx.init(narrow), narrow)
+    exactly = make_with(**{share: 1.0})
+    exactly.update(narrow, exactly.init(narrow), narrow)
+
+
+@pytest.mark.parametrize("name", ["adam", "adadelta", "rmsprop"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_shares_of_16_bits_are_refused_and_the_fix_works(name, dtype):
+    factory, hyper, _, _ = OPTIMIZERS[name]
+    params, grads = cast(PARAMS, dtype), cast(GRADS[0], dtype)
+    share = {"adam": "beta1", "adadelta": "rho", "rmsprop": "decay"}[name]
+    for start in (lambda tx: tx.init(params), lambda tx: jax.jit(tx.init)(params)):
+        with pytest.raises(ValueError, match=f"{share} has dtype {jnp.dtype(dtype).name}.*float32"):
+            start(optax.inject_hyperparams(factory)(**hyper))
+    with pytest.raises(ValueError, match=f"{share} has dtype"):
+        factory(**(hyper | {share: dtype(0.5)}))
+    tx = optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32)(**hyper)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert_equal(updates, factory(**hyper).update(grads, factory(**hyper).init(params), params)[0])
+
+
+@each_optimizer
+@pytest.mark.parametrize("returned", [None, "0.1", jnp.ones(1), [0.1]])
+def test_a_schedule_must_return_a_number(name, returned):
+    tx = make(name, learning_rate=lambda step: returned)
+    with pytest.raises(ValueError, match="learning_rate is a schedule that returned"):
+        jax.eval_shape(tx.update, GRADS[0], tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: emaopt.momentum(0.1, np.ones(2)), r"momentum=array\(\[1., 1.\]\) is out of range"),
+        (lambda: emaopt.momentum(1e39, 0.9), r"learning_rate=1e\+39 is out of range"),
+        (lambda: emaopt.adagrad(0.1, 1e-50), "initial_accumulator_value=1e-50 is out of range"),
+        (lambda: emaopt.adadelta(epsilon=0.0), "epsilon=0.0 is out of range"),
+        (lambda: emaopt.ftrl(1e-50), "learning_rate=1e-50 is out of range"),
+    ],
+)
+def test_numbers_that_make_nothing_or_nan_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@each_optimizer
+@pytest.mark.parametrize("start", [{}, {"initial_accumulator_value": 0.0}], ids=["usual", "zero"])
+def test_derivatives_of_an_update_are_finite_at_zero(name, start):
+    if start and name != "ftrl":
+        start = {}
+    tx = make(name, **start)
+
+    def after_two_steps(p, g):
+        updates, state = tx.update(g, tx.init(p), p)
+        updates, _ = tx.update(g, state, optax.apply_updates(p, updates))
+        return updates
+
+    zero = jnp.zeros(2)
+    for derivative in (jax.jacrev, jax.jacfwd):
+        for argument in (0, 1):
+            assert np.isfinite(derivative(after_two_steps, argument)(zero, zero)).all()
