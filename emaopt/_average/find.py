@@ -13,10 +13,14 @@ import jax.numpy as jnp
 from emaopt._tree.checks import check_array, check_shape, did_you_mean
 from emaopt._tree.devices import in_memory
 from emaopt._tree.leaves import by_path, from_paths
-from emaopt._tree.paths import KeyPath, Params, State, Tree, key_name, shared_paths
+from emaopt._tree.paths import KeyPath, Params, State, Tree, called, key_name, shared_paths
 
 from .ema import EmaState, SwappedEmaState
 from .rounding import Stored
+
+
+class _AmbiguousError(ValueError):
+    """A leaf has several averages, and no name says which one is meant."""
 
 
 def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
@@ -112,6 +116,12 @@ def averages(opt_state: Tree) -> dict[str, EmaState]:
     }
 
 
+def average_paths(opt_state: Tree) -> list[KeyPath]:
+    """Return the whole key path of every average in the state, in the order of `averages`."""
+    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_ema)[0]
+    return [tuple(map(key_name, keys)) for keys, node in nodes if _is_ema(node)]
+
+
 def stacked(params: Params, opt_state: Tree, names: Iterable[str] | None = None) -> Params:
     """Several averages in one tree, each leaf with a leading axis: one average after the other.
 
@@ -183,12 +193,16 @@ def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
         )
     if name is None:
         return found
-    if name not in found:
+    if name in found:
+        return {name: found[name]}
+    paths = dict(zip(average_paths(opt_state), found, strict=True))
+    meant = [paths[path] for path in called(str(name), paths)]
+    if not meant:
         raise ValueError(
             f"name={name!r} is not an average.{did_you_mean(str(name), found)} "
             f"Pass one of: {_listed(found)}."
         )
-    return {name: found[name]}
+    return {key: found[key] for key in meant}
 
 
 def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> dict[KeyPath, tuple]:
@@ -202,7 +216,7 @@ def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> dic
         residues = by_path(state.residue)
         for path, shadow in by_path(state.shadow).items():
             if path in stored:
-                raise ValueError(
+                raise _AmbiguousError(
                     f"name is missing: leaf {'/'.join(path)!r} has several averages. "
                     f"Pass name=, one of: {_listed(chosen)}."
                 )

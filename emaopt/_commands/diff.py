@@ -18,8 +18,8 @@ from etils.epath import Path
 from emaopt._names import AVERAGE, origin
 from emaopt._tree.checks import describe
 from emaopt._tree.numbers import dtype_of, is_inexact
-from emaopt.checkpoint._digest import DIGESTS
-from emaopt.checkpoint._index import KeyPath, in_shadows, params_in
+from emaopt._tree.paths import KeyPath
+from emaopt.checkpoint._contents import DIGESTS
 from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
@@ -27,8 +27,8 @@ from emaopt.checkpoint._stored import Stored
 from .paths import absolute, is_tf1
 
 
-AT_ONCE = 2**25  # bytes of each checkpoint that are read at once
-ELEMENTS = 2**20  # that are compared at once
+BYTES_AT_ONCE = 2**25  # of each checkpoint, read
+ELEMENTS_AT_ONCE = 2**20  # compared
 
 
 class Side(NamedTuple):
@@ -38,7 +38,7 @@ class Side(NamedTuple):
     read: Callable[[list[str]], dict[str, Any]]
 
 
-class Leaf(NamedTuple):
+class Compared(NamedTuple):
     """A leaf on both sides: dtype and shape, the largest difference, and that of the norms.
 
     `relative`: the L2 norm of the difference, of the larger one of both norms. Where the shapes
@@ -57,7 +57,7 @@ class Leaf(NamedTuple):
 class Difference(NamedTuple):
     """The leaves on both sides, those that differ most first, and those on one side."""
 
-    leaves: list[Leaf]
+    leaves: list[Compared]
     only_in_a: list[str]
     only_in_b: list[str]
 
@@ -181,16 +181,19 @@ def _averages_of_tf1(path: Path) -> tuple[Side, Side]:
 
 def _averages_of_orbax(path: Path) -> tuple[Side, Side]:
     stored = Stored(locate(path, None))
-    index = stored.index()
-    shadows, params = in_shadows(index), params_in(index)
-    raw = params | {leaf: index[at] for at, (leaf, swapped) in shadows.items() if swapped}
-    times = Counter(leaf for leaf, _ in shadows.values())
+    contents = stored.contents
+    pairs = [
+        (average.at, name, at)
+        for average in contents.averages.values()
+        for name, at in average.leaves.items()
+        if name in contents.params
+    ]
+    times = Counter(name for _, name, _ in pairs)
     averaged, parameters = {}, {}
-    for at, (leaf, swapped) in sorted(shadows.items()):
-        if leaf in params:
-            # of several averages, each is called by where it is
-            name = "/".join(leaf if times[leaf] == 1 else (*at[: -len(leaf) - 1], *leaf))
-            averaged[name], parameters[name] = params[leaf] if swapped else index[at], raw[leaf]
+    for node, name, at in pairs:
+        # of several averages, each is called by where it is
+        called = "/".join(name if times[name] == 1 else (*node, *name))
+        averaged[called], parameters[called] = at, contents.params[name]
     _check_any(averaged, path)
     return _in_orbax(stored, averaged), _in_orbax(stored, parameters)
 
@@ -203,7 +206,7 @@ def _check_any(found: dict[str, Any], path: Path) -> None:
 def _compare(a: Side, b: Side) -> Difference:
     common = {name: bytes_ for name, bytes_ in a.sizes.items() if name in b.sizes}
     leaves = []
-    for part in _watched(parts(common, AT_ONCE), common):
+    for part in _watched(parts(common, BYTES_AT_ONCE), common):
         ours, theirs = a.read(part), b.read(part)
         leaves += [_leaf(name, ours.pop(name), theirs.pop(name)) for name in part]
     return Difference(
@@ -213,24 +216,24 @@ def _compare(a: Side, b: Side) -> Difference:
     )
 
 
-def _rank(leaf: Leaf) -> tuple:
+def _rank(leaf: Compared) -> tuple:
     """What differs before what does not, and first what has no number, or NaN."""
     far = [math.inf if x is None or math.isnan(x) else x for x in (leaf.relative, leaf.max_abs)]
     return leaf.equal, *(-x for x in far), leaf.name
 
 
-def _leaf(name: str, x: Any, y: Any) -> Leaf:
+def _leaf(name: str, x: Any, y: Any) -> Compared:
     x, y = np.asarray(x), np.asarray(y)
     about = name, describe(x), describe(y)
     same = about[1] == about[2]
     if x.shape != y.shape:
-        return Leaf(*about, equal=False)
+        return Compared(*about, equal=False)
     if x.dtype.kind in "OSU" or y.dtype.kind in "OSU":
-        return Leaf(*about, equal=same and bool(np.all(x == y)))
+        return Compared(*about, equal=same and bool(np.all(x == y)))
     x, y = x.ravel(), y.ravel()
     most, squares = 0.0, np.zeros(3)
-    for start in range(0, x.size, ELEMENTS):
-        p, q = x[start : start + ELEMENTS], y[start : start + ELEMENTS]
+    for start in range(0, x.size, ELEMENTS_AT_ONCE):
+        p, q = x[start : start + ELEMENTS_AT_ONCE], y[start : start + ELEMENTS_AT_ONCE]
         same = same and bool(np.all((p == q) | ((p != p) & (q != q))))
         p, q = _wide(p), _wide(q)
         with np.errstate(invalid="ignore", over="ignore"):
@@ -239,7 +242,7 @@ def _leaf(name: str, x: Any, y: Any) -> Leaf:
             norms = (np.sum(np.abs(v) ** 2, where=np.isfinite(v)) for v in (p, q))
             squares += [np.sum(distance**2), *norms]
     counted = tuple(squares.tolist()) if is_inexact(x) else ()  # a step would outweigh the rest
-    return Leaf(*about, same, float(most), _relative(*squares), counted)
+    return Compared(*about, same, float(most), _relative(*squares), counted)
 
 
 def _relative(difference: float, a: float, b: float) -> float:

@@ -14,16 +14,6 @@ from etils.epath import Path
 
 from emaopt._names import role
 from emaopt._tree.numbers import dtype_of
-from emaopt.checkpoint._digest import DIGESTS
-from emaopt.checkpoint._index import (
-    MARKER,
-    STEP,
-    Index,
-    KeyPath,
-    in_shadows,
-    params_in,
-    root_of_params,
-)
 from emaopt.checkpoint._leaf import shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
@@ -32,7 +22,7 @@ from .convert.layout import OTHER, TF1
 from .paths import absolute, is_tf1, load_tensorflow
 
 
-class Leaf(NamedTuple):
+class Row(NamedTuple):
     """A leaf of a checkpoint."""
 
     name: str
@@ -59,60 +49,30 @@ def show(checkpoint: str, as_json: bool = False) -> None:
     print("\n".join([*table(found, width), "", f"{len(found)} leaves, {total:,} bytes: {path}"]))
 
 
-def tf1_leaves(path: Path) -> list[Leaf]:
+def tf1_leaves(path: Path) -> list[Row]:
     """The variables of a checkpoint of TF1, by name."""
     from emaopt.tf1 import inspect
 
     load_tensorflow()
-    return [Leaf(v.name, v.shape, v.dtype, v.role, size(v.shape, v.dtype)) for v in inspect(path)]
+    return [Row(v.name, v.shape, v.dtype, v.role, size(v.shape, v.dtype)) for v in inspect(path)]
 
 
-def orbax_leaves(stored: Stored) -> list[Leaf]:
+def orbax_leaves(stored: Stored) -> list[Row]:
     """The leaves of a checkpoint of Orbax, by name."""
-    roles = _roles(stored.index())
+    contents = stored.contents
+    converted = {path[-1] for path in stored.paths() if path[:2] == (TF1, OTHER)}
+    known = converted | {"/".join(name) for name in contents.stored_params}
     rows = []
-    for path, what in roles.items():
+    for path in stored.paths():
+        what = role(path[-1], known)[0] if path[:2] == (TF1, OTHER) else contents.role(path)
         leaf = stored.leaf(path)
         dtype = str(dtype_of(leaf))
         name = "/".join(filter(None, path))
-        rows.append(Leaf(name, tuple(shape(leaf)), dtype, what, size(shape(leaf), dtype)))
+        rows.append(Row(name, tuple(shape(leaf)), dtype, what, size(shape(leaf), dtype)))
     return sorted(rows)
 
 
-def _roles(index: Index) -> dict[KeyPath, str]:
-    """What each leaf is, by its path on disk."""
-    shadows = in_shadows(index)
-    swapped = {leaf for leaf, is_swapped in shadows.values() if is_swapped}
-    root, params = root_of_params(index), params_in(index)
-    known = {path[-1] for path in index if path[:2] == (TF1, OTHER)} | set(map("/".join, params))
-
-    def what(path: KeyPath) -> str:
-        if path[:2] == (TF1, OTHER):
-            return role(path[-1], known)[0]
-        if path in shadows:
-            leaf, is_swapped = shadows[path]
-            return f"{'raw parameter' if is_swapped else 'average'} of {'/'.join(leaf)}"
-        if path[: len(root)] == root:
-            leaf = path[len(root) :]
-            return f"average of {'/'.join(leaf)}" if leaf in swapped else "variable"
-        if path[0] == DIGESTS:
-            return f"digests of {path[-1]}"
-        if path[-1] in (STEP, MARKER):
-            return {STEP: "global step", MARKER: "mark of a swap"}[path[-1]]
-        if path[-2:-1] == ("powers",):
-            return "power"
-        if path[-2:-1] == ("ledger",):
-            return "ledger"
-        for i in range(2, len(path)):
-            if path[i:] in params:
-                kind = path[i - 1] if path[i - 1] == "residue" else f"slot {path[i - 1]}"
-                return f"{kind} of {'/'.join(path[i:])}"
-        return "rest"
-
-    return {path: what(key) for key, path in index.items()}
-
-
-def table(leaves: list[Leaf], width: int | None) -> list[str]:
+def table(leaves: list[Row], width: int | None) -> list[str]:
     """Lines of aligned columns; names and roles are cut in the middle where they do not fit."""
     rows = [("name", "shape", "dtype", "bytes", "role")]
     for leaf in leaves:

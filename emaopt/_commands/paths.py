@@ -6,7 +6,7 @@ import sys
 
 from etils.epath import Path
 
-from emaopt.checkpoint._run import MARK, finished_steps
+from emaopt.checkpoint._run import FINISHED, finished_steps
 
 
 def absolute(path: str) -> Path:
@@ -17,7 +17,7 @@ def absolute(path: str) -> Path:
 def is_tf1(path: Path) -> bool:
     """Whether there is a checkpoint of TF1, not of Orbax; an error if there is neither."""
     if path.is_dir():
-        if finished_steps(path) or any((path / file).exists() for file in (MARK, "_METADATA")):
+        if finished_steps(path) or any((path / file).exists() for file in (FINISHED, "_METADATA")):
             return False
         if (path / "checkpoint").exists() or any(path.glob("*.index")):
             return True

@@ -19,12 +19,13 @@ import numpy as np
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
-from emaopt._average.find import averages, swap
-from emaopt._tree.paths import Params, State, Tree, key_paths, leaf_names
+from emaopt._average.find import average_paths, averages, swap
+from emaopt._tree.paths import KeyPath, Params, State, Tree, key_paths, leaf_names
 
-from ._index import MARKER, KeyPath, logical
+from ._contents import SWAPPED, logical
+from ._errors import DamagedError as DamagedError, MismatchError as MismatchError
 from ._items import inventory, items_of, with_digests
-from ._run import MARK, finished_steps, locate, pick
+from ._run import FINISHED, finished_steps, locate, pick
 from ._stored import Stored
 
 
@@ -86,9 +87,9 @@ def resume(
     _check_checkpointer(checkpointer)
     checkpointer.wait()
     listed = {c.step: Path(c.path) for c in checkpointer.checkpoints}
-    found = {step: path for step, path in listed.items() if (path / MARK).exists()}
+    found = {step: path for step, path in listed.items() if (path / FINISHED).exists()}
     stored = Stored(pick(found, step, checkpointer.directory))
-    markers = {path for path in stored.items.get("opt_state", {}) if path[-1] == MARKER}
+    markers = {path for path in stored.items.get("opt_state", {}) if path[-1] == SWAPPED}
     name, like = _as_saved(params, opt_state, markers, stored.path)
     if rest or "rest" in stored.items:
         like["rest"] = rest
@@ -113,18 +114,17 @@ def _as_saved(
     """The trees as they stand on disk, and the name of the average that was swapped."""
     if not markers:
         return None, {"params": params, "opt_state": opt_state}
-    for name in (None, *averages(opt_state)):
-        try:
-            averaged, swapped = swap(params, opt_state, name)
-        except ValueError:  # several averages of one leaf: it was one of them
-            continue
-        if markers == {keys for keys in key_paths(swapped) if keys[-1] == MARKER}:
-            return name, {"params": averaged, "opt_state": swapped}
-    raise ValueError(
-        f"checkpoint {path} has its averages at {sorted('/'.join(m[:-1]) for m in markers)}, "
-        f"opt_state has {list(averages(opt_state))}. Pass the state of the optimizer that was "
-        "saved; for the averages alone, restore_averages."
-    )
+    names = dict(zip(average_paths(opt_state), averages(opt_state), strict=True))
+    swapped = {marker[:-1] for marker in markers}
+    if not swapped <= names.keys() or len(swapped) not in (1, len(names)):
+        raise MismatchError(
+            f"checkpoint {path} has its averages at {sorted('/'.join(node) for node in swapped)}, "
+            f"opt_state has {['/'.join(node) for node in names]}. Pass the state of the optimizer "
+            "that was saved; for the averages alone, restore_averages."
+        )
+    name = None if len(swapped) == len(names) else names[min(swapped)]
+    averaged, opt_state = swap(params, opt_state, name)
+    return name, {"params": averaged, "opt_state": opt_state}
 
 
 def restore_averages(
@@ -146,11 +146,11 @@ def restore_averages(
     return Stored(locate(path, step)).load_averages(like, name, cast)
 
 
-def variables_to_restore(path: Any, like: Tree, *, step: int | None = None) -> dict[str, str]:
-    """What `restore_averages` reads: name of the leaf -> item and name in the checkpoint."""
+def sources(path: Any, like: Tree, *, step: int | None = None) -> dict[str, str]:
+    """Return what `restore_averages` reads: by the name of a leaf, its name in the checkpoint."""
     stored = Stored(locate(path, step))
-    sources = stored.averages([logical(keys) for keys in key_paths(like)], None)
-    return {"/".join(leaf): "/".join(filter(None, s.path)) for leaf, s in sources.items()}
+    places = stored.contents.places([logical(keys) for keys in key_paths(like)], None)
+    return {"/".join(leaf): "/".join(filter(None, p.path)) for leaf, p in places.items()}
 
 
 def watch(
@@ -181,7 +181,7 @@ def watch(
             newest = max(new)
             try:
                 averaged = restore_averages(found[newest], like)
-            except (ValueError, OSError):
+            except (DamagedError, OSError):
                 first = unreadable.setdefault(newest, now)
                 if newest in finished_steps(directory) and now - first > max(interval, 2.0):
                     raise

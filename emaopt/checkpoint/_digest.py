@@ -16,8 +16,7 @@ import numpy as np
 from emaopt._tree.devices import in_memory
 
 
-DIGESTS = "digests"
-AT_ONCE = 2**22  # elements of an array on the host that are copied to a device
+ELEMENTS_AT_ONCE = 2**22  # of an array on the host, copied to a device
 
 
 def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
@@ -65,8 +64,8 @@ def _digest_in_parts(leaf: Any) -> np.ndarray:
     """The digest of a leaf on the host, of which little is copied at a time."""
     x = _hashable(leaf).reshape(-1)
     parts = [
-        int(_digest(x[start : start + AT_ONCE], np.uint32(start % 2**32)))
-        for start in range(0, max(x.size, 1), AT_ONCE)
+        int(_digest(x[start : start + ELEMENTS_AT_ONCE], np.uint32(start % 2**32)))
+        for start in range(0, max(x.size, 1), ELEMENTS_AT_ONCE)
     ]
     return np.asarray(sum(parts) % 2**32, np.uint32)
 

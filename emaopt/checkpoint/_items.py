@@ -6,10 +6,10 @@ from orbax.checkpoint import v1 as ocp
 
 from emaopt._average.ema import SwappedEmaState
 from emaopt._average.find import averages, swap
-from emaopt._tree.paths import Tree
+from emaopt._tree.paths import KeyPath, Tree
 
-from ._digest import DIGESTS, digests
-from ._index import KeyPath
+from ._contents import DIGESTS
+from ._digest import digests
 from ._stored import leaves_by_path
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from etils.epath import Path
 
 
-MARK = "_CHECKPOINT_METADATA"  # of a finished checkpoint
+FINISHED = "_CHECKPOINT_METADATA"  # the file that a finished checkpoint has
 
 
 def finished_steps(directory: Path) -> dict[int, Path]:
@@ -17,7 +17,7 @@ def finished_steps(directory: Path) -> dict[int, Path]:
     if not directory.is_dir():
         return {}
     named = [(re.fullmatch(r"(?:.+_)?(\d+)", path.name), path) for path in directory.iterdir()]
-    return {int(name[1]): path for name, path in named if name and (path / MARK).exists()}
+    return {int(name[1]): path for name, path in named if name and (path / FINISHED).exists()}
 
 
 def locate(path: Any, step: int | None) -> Path:
@@ -25,7 +25,7 @@ def locate(path: Any, step: int | None) -> Path:
     path = Path(path)
     if not path.is_absolute():
         raise ValueError(f"path={str(path)!r} is relative. Pass an absolute path.")
-    if step is None and any((path / file).exists() for file in (MARK, "_METADATA")):
+    if step is None and any((path / file).exists() for file in (FINISHED, "_METADATA")):
         return path
     found = finished_steps(path)
     if not found and (Path(f"{path}.index").exists() or any(path.glob("*.index"))):

@@ -8,7 +8,8 @@ import difflib
 import re
 import warnings
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,28 +17,13 @@ from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
 from emaopt._tree.checks import describe
-from emaopt._tree.paths import Tree, key_paths
+from emaopt._tree.paths import KeyPath, Tree, key_paths
 
-from ._digest import DIGESTS, damaged
-from ._index import (
-    SHADOW,
-    Index,
-    KeyPath,
-    average_nodes,
-    in_shadows,
-    logical,
-    root_for,
-    root_of_params,
-)
+from ._contents import DIGESTS, Contents, logical
+from ._digest import damaged
+from ._errors import DamagedError, MismatchError
 from ._leaf import as_stored, like_leaf, same_kind, shape
-from ._run import MARK
-
-
-class Source(NamedTuple):
-    """Where the average of a leaf is read, and what its parameter is like."""
-
-    path: KeyPath
-    param: Any
+from ._run import FINISHED
 
 
 class Stored:
@@ -48,7 +34,7 @@ class Stored:
         try:
             self.trees = _read_metadata(path)
         except Exception as error:
-            raise ValueError(
+            raise DamagedError(
                 f"checkpoint {path}: what is in it cannot be read, a file is damaged, cut off or "
                 f"missing. {_cause(error)} Use another step."
             ) from error
@@ -73,20 +59,20 @@ class Stored:
         return {item: self._load_item(item, tree) for item, tree in like.items()}
 
     def load_averages(self, like: Tree, name: str | None, cast: bool) -> Tree:
-        """The averages in the structure, dtypes and shardings of `like`."""
+        """Load the averages, in the structure, dtypes and shardings of `like`."""
         wanted = {logical(path): leaf for path, leaf in leaves_by_path(like).items()}
-        sources = self.averages(list(wanted), name)
+        places = self.contents.places(wanted, name)
         problems: list[str] = []
         by_item: dict[str, dict[KeyPath, Any]] = {}
         for leaf_name, leaf in wanted.items():
-            if leaf_name not in sources:
+            if leaf_name not in places:
                 problems.append(self._missing(leaf_name, [logical(p[1:]) for p in self.paths()]))
                 continue
-            path, param = sources[leaf_name]
+            path, _, param = places[leaf_name]
             stored = self.leaf(path)
-            problems += self._problems(path, leaf, [leaf] if cast else [stored, param])
+            problems += self._problems(path, leaf, [leaf] if cast else [stored, self.leaf(param)])
             by_item.setdefault(path[0], {})[path[1:]] = as_stored(leaf, stored)
-        if not sources:
+        if not places:
             problems += [f"pass that part alone, like[{k!r}]" for k in self._above(wanted, name)]
         self.refuse(problems)
         loaded: dict[KeyPath, Any] = {
@@ -94,61 +80,29 @@ class Stored:
             for item, leaves in by_item.items()
             for path, value in self.load_leaves(item, leaves).items()
         }
-        values = [like_leaf(loaded[sources[n].path], leaf) for n, leaf in wanted.items()]
+        values = [like_leaf(loaded[places[n].path], leaf) for n, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), values)
 
-    def averages(self, names: Iterable[KeyPath], name: str | None) -> dict[KeyPath, Source]:
-        """Where the average of each named leaf stands; leaves found nowhere are left out.
-
-        In the shadow, or where the parameters are if the average was swapped with them; a leaf
-        that has no average is the parameter.
-        """
-        index = self.index()
-        nodes = self._average_nodes(index, name)
-        everywhere = average_nodes(index)
-        root = root_for(index, everywhere, set(names))
-        sources = {}
-        for leaf in names:
-            holders = [node for node in nodes if (*node, SHADOW, *leaf) in index]
-            if len(holders) > 1:
-                raise ValueError(
-                    f"name is missing: checkpoint {self.path} has several averages of "
-                    f"{'/'.join(leaf)!r}. Pass name=, what tells them apart in: "
-                    f"{', '.join('/'.join(node) for node in holders)}."
-                )
-            in_params = index.get((*root, *leaf))
-            swapped = [n for n, is_swapped in everywhere.items() if is_swapped]
-            raw = [index[at] for n in swapped if (at := (*n, SHADOW, *leaf)) in index]
-            param = raw[0] if raw else in_params
-            if not holders:
-                path = param
-            else:
-                path = in_params if everywhere[holders[0]] else index[(*holders[0], SHADOW, *leaf)]
-            if path is not None:
-                sources[leaf] = Source(path, self.leaf(param or path))
-        return sources
+    @cached_property
+    def contents(self) -> Contents:
+        """What lies where: averages, parameters, and the rest."""
+        return Contents(self.paths(), self.path)
 
     def params_like(self) -> Tree:
-        """The parameters, on the host: what `like` is when nobody gives it."""
-        index = self.index()
-        self._average_nodes(index, None)  # there must be one
-        root = root_of_params(index)
-        tree = self.trees[root[0]]
-        for key in root[1:]:
+        """Return the stored parameters as empty NumPy arrays: the default for `like`."""
+        contents = self.contents
+        contents.called(None)  # there must be an average
+        tree = self.trees[contents.root[0]]
+        for key in contents.root[1:]:
             tree = tree[int(key) if isinstance(tree, (list, tuple)) else key]
-        raw = {leaf: at for at, (leaf, swapped) in in_shadows(index).items() if swapped}
         names = [logical(path) for path in key_paths(tree)]
-        like = [self.leaf(index[raw.get(name, (*root, *name))]) for name in names]
+        like = [self.leaf(contents.params[name]) for name in names]
         empty = lambda x: np.empty(x.shape, x.dtype) if hasattr(x, "dtype") else x
         return jax.tree.unflatten(jax.tree.structure(tree), map(empty, like))
 
     def paths(self) -> list[KeyPath]:
         """Every leaf of the checkpoint."""
         return [(item, *path) for item, leaves in self.items.items() for path in leaves]
-
-    def index(self) -> Index:
-        """Every leaf, where it is without NNX's `value` and where it is on disk."""
-        return {logical(path): path for path in self.paths()}
 
     def leaf(self, path: KeyPath) -> Any:
         """What the metadata says of a leaf."""
@@ -170,38 +124,19 @@ class Stored:
     def refuse(self, problems: list[str]) -> None:
         """Raise if there is any problem, with all of them."""
         if problems:
-            raise ValueError(
+            raise MismatchError(
                 f"checkpoint {self.path} does not hold what was asked for; nothing was read.\n  "
                 + "\n  ".join(problems)
                 + "\nPass trees like those that were saved."
             )
 
-    def _average_nodes(self, index: Iterable[KeyPath], name: str | None) -> list[KeyPath]:
-        """The averages of that name; without one those that are swapped, or all if none is."""
-        found = average_nodes(index)
-        swapped = [node for node, is_swapped in found.items() if is_swapped]
-        nodes = swapped or list(found)
-        if name is not None:
-            nodes = [node for node in found if set(name.split("/")) <= set(node)]
-            if found and not nodes:
-                raise ValueError(
-                    f"name={name!r} is no average of checkpoint {self.path}. Pass what tells them "
-                    f"apart in: {', '.join('/'.join(node) for node in found)}."
-                )
-        exported = set(self.items) == {"params", DIGESTS}
-        if nodes or (exported and name is None):
-            return nodes
-        raise ValueError(
-            f"checkpoint {self.path} holds no average. It has "
-            f"{', '.join(sorted({'/'.join(path[:2]) for path in index}))}. Save the opt_state of a "
-            "chain with emaopt.ema in it."
-        )
-
     def _above(self, wanted: Collection[KeyPath], name: str | None) -> list[str]:
         """The keys below which `like` has leaves of the checkpoint, as Linen's variables do."""
         below = {path[:1]: [p[1:] for p in wanted if p[:1] == path[:1]] for path in wanted}
         return [
-            key[0] for key, names in below.items() if len(self.averages(names, name)) == len(names)
+            key[0]
+            for key, names in below.items()
+            if len(self.contents.places(names, name)) == len(names)
         ]
 
     def _problems(self, path: KeyPath, leaf: Any, allowed: list) -> list[str]:
@@ -234,7 +169,7 @@ class Stored:
         except Exception as error:
             bad = [path for path, leaf in wanted.items() if not self._can_read(item, path, leaf)]
             names = ", ".join("/".join((item, *path)) for path in bad) or f"item {item}"
-            raise ValueError(
+            raise DamagedError(
                 f"checkpoint {self.path}: {names} cannot be read, the data is cut off, missing or "
                 f"damaged. {_cause(error)} Use another step."
             ) from error
@@ -250,12 +185,12 @@ class Stored:
         order = {leaf: i for i, leaf in enumerate(paths)}
         bad = damaged(recorded, {order[leaf]: value for leaf, value in values.items()})
         if bad is None:
-            raise ValueError(
+            raise DamagedError(
                 f"checkpoint {self.path}: the digests of item {item!r} are damaged, so its data "
                 "cannot be trusted. Use another step."
             )
         if bad:
-            raise ValueError(
+            raise DamagedError(
                 f"checkpoint {self.path}: {', '.join('/'.join((item, *paths[i])) for i in bad)} is "
                 "damaged: its bits are not those that were saved. Use another step."
             )
@@ -283,7 +218,7 @@ def leaves_by_path(tree: Tree) -> dict[KeyPath, Any]:
 
 
 def _read_metadata(path: Path) -> dict[str, Tree]:
-    if not (path / MARK).exists() or (path / "_METADATA").exists():
+    if not (path / FINISHED).exists() or (path / "_METADATA").exists():
         return {"": ocp.metadata(path, checkpointable_name=None).metadata}
     found = ocp.checkpointables_metadata(path)
     trees = found.metadata

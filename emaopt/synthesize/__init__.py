@@ -17,8 +17,8 @@ from orbax.checkpoint import v1 as ocp
 
 from emaopt._tree.checks import check_unique, did_you_mean
 from emaopt._tree.numbers import is_inexact
-from emaopt._tree.paths import key_paths
-from emaopt.checkpoint._index import STEP, KeyPath, average_nodes, in_shadows, logical, params_in
+from emaopt._tree.paths import KeyPath, called, key_paths
+from emaopt.checkpoint._contents import logical
 from emaopt.checkpoint._items import inventory, with_digests
 from emaopt.checkpoint._leaf import parts
 from emaopt.checkpoint._run import finished_steps, pick
@@ -38,7 +38,7 @@ except ModuleNotFoundError:
     ) from None
 
 
-AT_ONCE = 2**25  # bytes of a snapshot that are read at once
+BYTES_AT_ONCE = 2**25  # of a snapshot, read
 NEGLIGIBLE = 1e-9  # a factor beside the largest one: less than float32 resolves
 
 
@@ -78,7 +78,7 @@ class Run:
         self.at: int = self.snapshots[-1].updates
         self.groups: dict[tuple[int, ...], list[KeyPath]] = {}
         averaged = {leaf for s in everything[steps[-1]] for leaf in s.paths}
-        if lost := averaged - params_in(self.newest.index()).keys():
+        if lost := averaged - self.newest.contents.stored_params.keys():
             raise ValueError(
                 f"{self.newest.path} has no parameters for the averages of {_all(lost)}"
             )
@@ -112,7 +112,7 @@ class Run:
         like = self.newest.params_like()
         names = [logical(path) for path in key_paths(like)]
         wanted = dict(zip(names, jax.tree.leaves(like), strict=True))
-        in_params = params_in(self.newest.index())
+        in_params = self.newest.contents.stored_params
         others = {in_params[name]: name for name in self.others()}
         values = {others[at]: x for at, x in self.newest.read(others).items()}
         check_unique(["/".join(name) for name in names], wanted.values())
@@ -127,7 +127,7 @@ class Run:
         ) as bar:
             for held, (factors, _) in fits.items():
                 snapshots = [self.snapshots[i] for i in held]
-                for part in parts({x: wanted[x].nbytes for x in self.groups[held]}, AT_ONCE):
+                for part in parts({x: wanted[x].nbytes for x in self.groups[held]}, BYTES_AT_ONCE):
                     values |= _added_up(snapshots, factors, {x: wanted[x] for x in part}, bar)
         params = jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in names])
         items = with_digests({"params": params})
@@ -139,7 +139,7 @@ class Run:
     def others(self) -> list[KeyPath]:
         """The leaves of `params` that are not averaged."""
         averaged = {leaf for leaves in self.groups.values() for leaf in leaves}
-        return [leaf for leaf in params_in(self.newest.index()) if leaf not in averaged]
+        return [leaf for leaf in self.newest.contents.stored_params if leaf not in averaged]
 
     def _fits(
         self, target: Average | np.ndarray, threshold: float
@@ -167,24 +167,23 @@ class _Snapshot(NamedTuple):
 
 def _snapshots(stored: Stored) -> Iterator[_Snapshot]:
     """The averages in a checkpoint."""
-    index = stored.index()
-    params, nodes = params_in(index), average_nodes(index)
+    averages = stored.contents.averages
     scalars = {
-        node: [index[path] for keys in _SCALARS if (path := (*node, *keys)) in index]
-        for node in nodes
+        node: [average.scalars[name] for name in _SCALARS if name in average.scalars]
+        for node, average in averages.items()
     }
     values = stored.read(path for each in scalars.values() for path in each)
-    paths: dict[KeyPath, dict[KeyPath, KeyPath]] = {node: {} for node in nodes}
-    for path, (leaf, swapped) in in_shadows(index).items():
-        at = params[leaf] if swapped else index[path]
-        if hasattr(stored.leaf(at), "dtype") and is_inexact(stored.leaf(at)):
-            paths[path[: -len(leaf) - 1]][leaf] = at
-    for node in nodes:
+    for node, average in averages.items():
         updates, *ledger = (values[path].item() for path in scalars[node])
-        yield _Snapshot(stored, node, updates, Moments(*ledger) if ledger else None, paths[node])
+        leaves = {
+            name: at
+            for name, at in average.leaves.items()
+            if hasattr(stored.leaf(at), "dtype") and is_inexact(stored.leaf(at))
+        }
+        yield _Snapshot(stored, node, updates, Moments(*ledger) if ledger else None, leaves)
 
 
-_SCALARS = [(STEP,), *(("ledger", field) for field in Moments._fields)]
+_SCALARS = ["step", *(f"ledger/{field}" for field in Moments._fields)]
 
 
 def _added_up(
@@ -229,18 +228,18 @@ def _sources(
     for snapshot in snapshots:
         by_node.setdefault(snapshot.node, []).append(snapshot)
     names = _names(by_node)
-    called = {name: node for node, name in names.items()}
+    by_name = {name: node for node, name in names.items()}
     sources = {}
     for name, source in (given or {}).items():
-        meant = [node for node in by_node if set(name.split("/")) <= set(node)]
-        if name not in called and len(meant) != 1:
+        meant = called(name, list(by_node))
+        if name not in by_name and len(meant) != 1:
             raise ValueError(
                 f"{name!r} is {'no' if not meant else 'more than one'} average."
-                f"{did_you_mean(name, called)} Pass one of {', '.join(called)}"
+                f"{did_you_mean(name, by_name)} Pass one of {', '.join(by_name)}"
             )
         if not isinstance(source, Source):
             source = Source("a decay" if callable(source) else f"gamma:{source:.6g}", source)
-        sources[called.get(name) or meant[0]] = source
+        sources[by_name.get(name) or meant[0]] = source
     if given:
         return sources
     for node, each in by_node.items():

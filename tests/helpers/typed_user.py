@@ -153,7 +153,7 @@ def checkpoints(params: Params, opt_state: optax.OptState) -> Iterator[Params]:
         assert_type(step, int)
         yield assert_type(averaged, Params)
     checkpoint.export_averages("/run", "/averages.safetensors", like=params)
-    assert_type(checkpoint.variables_to_restore("/run", like=params), dict[str, str])
+    assert_type(checkpoint.sources("/run", like=params), dict[str, str])
 
 
 def after_training(snapshots: list[Params]) -> Params:

@@ -41,7 +41,7 @@ FLOORS = {
     "_tree": "paths numbers | leaves devices | checks | packing tables | rows",
     "_average": "decays rounding | profile ledger | ema | find healing statistics | feedback host",
     "_optimizers": "numerics | builder clip learning_rate steps | rules",
-    "checkpoint": "_index _leaf _digest _run | _stored | _items | __init__",
+    "checkpoint": "_errors _leaf _digest _run | _contents | _stored | _items | __init__",
     "posthoc": "_fit _sum | __init__",
     "tf1": "_rename | _files | __init__",
     "summary": "_graph _histogram | _writer | __init__",

@@ -82,7 +82,7 @@ ELSEWHERE = {
         "test_presets.py::test_tf1_debiases_a_ramp_to_something_that_is_no_average",
     ],
     "variables without an average are looked for under its name: TF1": [
-        "test_checkpoint.py::test_variables_to_restore_shows_what_is_read",
+        "test_checkpoint.py::test_sources_show_what_is_read",
     ],
     "resuming loses averages, or trains on them: Samudra, ace, Latte, YOLOX, FastVideo": [
         "test_guarantees.py::test_G6_a_resumed_run_is_bitwise_the_uninterrupted_one",

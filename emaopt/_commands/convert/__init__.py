@@ -23,19 +23,19 @@ from tqdm import tqdm
 
 from emaopt._commands.paths import absolute, is_tf1, load_tensorflow
 from emaopt._names import AVERAGE
-from emaopt._tree.paths import Tree
-from emaopt.checkpoint._digest import DIGESTS, digests, with_own_digest
-from emaopt.checkpoint._index import KeyPath
+from emaopt._tree.paths import KeyPath, Tree
+from emaopt.checkpoint._contents import DIGESTS
+from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._items import check_leaves, inventory
 from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast, write
 
-from .layout import Form, Variable, in_orbax, in_tf1
+from .layout import Form, Origin, in_orbax, in_tf1
 
 
-AT_ONCE = 2**26  # bytes that are read, or written, at once
+BYTES_AT_ONCE = 2**26  # read, or written
 
 
 def convert(
@@ -133,13 +133,13 @@ def _to_tf1(source: Path, destination: Path, form: Form) -> None:
 
 def _check_one_step(stored: Stored, steps: list[KeyPath]) -> None:
     """TF1 has one global step."""
-    read = _read(stored, {"/".join(path): Variable(path, np.dtype(np.int64)) for path in steps})
+    read = _read(stored, {"/".join(path): Origin(path, np.dtype(np.int64)) for path in steps})
     if len(set(map(int, read.values()))) > 1:
         found = ", ".join(f"{name} is {value}" for name, value in read.items())
         raise ValueError(f"TF1 has one global step: {found}. Pass --averages")
 
 
-def _read(stored: Stored, variables: dict[str, Variable]) -> dict[str, np.ndarray]:
+def _read(stored: Stored, variables: dict[str, Origin]) -> dict[str, np.ndarray]:
     """The values of some variables, verified."""
     loaded = stored.read(path for path, _ in variables.values())
     values = {}
@@ -157,6 +157,6 @@ def _parts(sizes: dict[str, int]) -> Iterator[list[str]]:
     with tqdm(
         total=total, desc="converting", unit="B", unit_scale=True, delay=2, disable=None
     ) as bar:
-        for part in parts(sizes, AT_ONCE):
+        for part in parts(sizes, BYTES_AT_ONCE):
             yield part
             bar.update(sum(sizes[name] for name in part))

@@ -12,9 +12,8 @@ from emaopt._average.ema import EmaState, SwappedEmaState
 from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role, variable_of
 from emaopt._optimizers.builder import OptimizerState
 from emaopt._tree.numbers import dtype_of
-from emaopt._tree.paths import Tree
-from emaopt.checkpoint._digest import DIGESTS
-from emaopt.checkpoint._index import MARKER, SHADOW, STEP, KeyPath, in_shadows, params_in
+from emaopt._tree.paths import KeyPath, Tree
+from emaopt.checkpoint._contents import DIGESTS, SHADOW, STEP, SWAPPED
 from emaopt.checkpoint._leaf import shape
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._rename import name_of_average
@@ -31,7 +30,7 @@ class Form(NamedTuple):
     average_name: str
 
 
-class Variable(NamedTuple):
+class Origin(NamedTuple):
     """The leaf that a variable of TF1 is written from, and its dtype if that loses no bit."""
 
     path: KeyPath
@@ -65,12 +64,14 @@ def in_orbax(stored: Collection[str], form: Form) -> dict[str, KeyPath]:
     return dict(sorted(paths.items()))
 
 
-def in_tf1(stored: Stored, form: Form) -> tuple[dict[str, Variable], list[KeyPath]]:
+def in_tf1(stored: Stored, form: Form) -> tuple[dict[str, Origin], list[KeyPath]]:
     """From where each variable of TF1 comes; and all leaves that are TF1's one global step."""
     if form.averages:
-        params = params_in(stored.index())
-        sources = stored.averages(list(params), None)
-        return {"/".join(n): Variable(s.path, dtype_of(s.param)) for n, s in sources.items()}, []
+        places = stored.contents.places(list(stored.contents.stored_params), None)
+        return {
+            "/".join(name): Origin(place.path, dtype_of(stored.leaf(place.param)))
+            for name, place in places.items()
+        }, []
     found, shadows, steps = (_converted if TF1 in stored.items else _trained)(stored)
     named = name_of_average(form.average_name)
     renamed = {named(of) + number: shadow for (of, number), shadow in shadows.items()}
@@ -78,7 +79,7 @@ def in_tf1(stored: Stored, form: Form) -> tuple[dict[str, Variable], list[KeyPat
         raise ValueError(f"--average-name {form.average_name}: {', '.join(taken)} is there already")
     found |= renamed
     if steps:
-        found[GLOBAL_STEP] = Variable(steps[0], np.dtype(np.int64))
+        found[GLOBAL_STEP] = Origin(steps[0], np.dtype(np.int64))
     averages = _averages(found, form)
     if form.swapped:
         _exchange(found, averages)
@@ -117,16 +118,16 @@ def _exchange(found: dict[str, Any], averages: dict[str, str]) -> None:
             found[of], found[average] = found[average], found[of]
 
 
-Shadows = dict[tuple[str, str], Variable]  # by variable, and TF1's number of a second average
+Shadows = dict[tuple[str, str], Origin]  # by variable, and TF1's number of a second average
 
 
-def _converted(stored: Stored) -> tuple[dict[str, Variable], Shadows, list[KeyPath]]:
+def _converted(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath]]:
     """The leaves of a checkpoint that was converted from TF1, as they were."""
-    found: dict[str, Variable] = {}
+    found: dict[str, Origin] = {}
     shadows: Shadows = {}
     for path in stored.paths():
         item, *keys = path
-        variable = Variable(path, dtype_of(stored.leaf(path)))
+        variable = Origin(path, dtype_of(stored.leaf(path)))
         if path == (TF1, STEP):
             found[GLOBAL_STEP] = variable
         elif path[:2] == (TF1, SHADOW):
@@ -138,26 +139,30 @@ def _converted(stored: Stored) -> tuple[dict[str, Variable], Shadows, list[KeyPa
     return found, shadows, []
 
 
-def _trained(stored: Stored) -> tuple[dict[str, Variable], Shadows, list[KeyPath]]:
+def _trained(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath]]:
     """The leaves by their names in TF1; averages and parameters where they were before a swap."""
-    index = stored.index()
-    swapped = {index[path] for path, (_, is_swapped) in in_shadows(index).items() if is_swapped}
-    params = {"/".join(name): path for name, path in params_in(index).items()}
+    contents = stored.contents
+    params = {"/".join(name): path for name, path in contents.params.items()}
+    averaged = {}
+    for average in contents.averages.values():
+        for name, path in average.leaves.items():
+            in_shadow = contents.params[name] if average.swapped else path
+            averaged[in_shadow] = "/".join(name), path
     found, shadows, steps = dict(params), {}, []
-    for name, path in _names_of_states(stored, set(params.values())):
-        of, kind, number = origin(name)
+    in_params = set(contents.stored_params.values())
+    for name, path in _names_of_states(stored, in_params):
+        _, kind, number = origin(name)
         if name == GLOBAL_STEP:
             steps.append(path)
-        elif kind == AVERAGE:
-            if path in swapped:
-                found[of], path = path, found[of]
-            if jnp.issubdtype(dtype_of(stored.leaf(path)), jnp.inexact):  # as TF1 does
-                shadows[of, number] = path
-        elif path[-1] != MARKER:
+        elif kind == AVERAGE and path in averaged:
+            of, at = averaged[path]
+            if jnp.issubdtype(dtype_of(stored.leaf(at)), jnp.inexact):  # as TF1 does
+                shadows[of, number if (of, "") in shadows else ""] = at
+        elif path[-1] != SWAPPED:
             found[name] = path
 
-    def variable(of: str, path: KeyPath) -> Variable:
-        return Variable(path, dtype_of(stored.leaf(found[of] if of in params else path)))
+    def variable(of: str, path: KeyPath) -> Origin:
+        return Origin(path, dtype_of(stored.leaf(found[of] if of in params else path)))
 
     return (
         {name: variable(origin(name)[0], path) for name, path in found.items()},

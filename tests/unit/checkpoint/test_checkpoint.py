@@ -314,13 +314,13 @@ def bytes_read():
         return int(f.readline().split()[1])
 
 
-def test_variables_to_restore_shows_what_is_read(run, tmp_path):
-    assert checkpoint.variables_to_restore(run[0], PARAMS) == {
+def test_sources_show_what_is_read(run, tmp_path):
+    assert checkpoint.sources(run[0], PARAMS) == {
         "bias": "params/bias",
         "conv/kernel": "params/conv/kernel",
     }
     one_tree(tmp_path / "one", *trained(OPTIMIZERS["masked"], 1))
-    assert checkpoint.variables_to_restore(tmp_path / "one", PARAMS) == {
+    assert checkpoint.sources(tmp_path / "one", PARAMS) == {
         "bias": "state/params/bias",
         "conv/kernel": "state/opt_state/1/inner_state/shadow/conv/kernel",
     }

@@ -1,4 +1,4 @@
-"""Damaged files, killed processes, several processes: nothing wrong is ever loaded."""
+"""DamagedError files, killed processes, several processes: nothing wrong is ever loaded."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_every_flipped_bit_changes_the_digest(name):
 
 @pytest.mark.parametrize("at_once", [2**22, 3])
 def test_the_digest_is_that_of_the_value_wherever_it_is(at_once, monkeypatch):
-    monkeypatch.setattr("emaopt.checkpoint._digest.AT_ONCE", at_once)
+    monkeypatch.setattr("emaopt.checkpoint._digest.ELEMENTS_AT_ONCE", at_once)
     on_device = [LEAVES[n] for n in ("float32", "bfloat16", "int8", "complex64")]
     assert np.array_equal(digests(list(map(np.asarray, on_device))), digests(on_device))
     mesh = jax.make_mesh((4,), ("x",))

@@ -237,7 +237,7 @@ def test_the_form_of_tf1_is_kept_on_the_way_back(run, tmp_path):
 
 
 def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("emaopt._commands.convert.AT_ONCE", 40)
+    monkeypatch.setattr("emaopt._commands.convert.BYTES_AT_ONCE", 40)
     main(["convert", str(GOLDEN / "adam"), str(tmp_path / "orbax")])
     main(["convert", str(tmp_path / "orbax"), str(tmp_path / "back")])
     assert len(list(tmp_path.glob("back.data-*"))) > 3

@@ -186,8 +186,8 @@ def test_several_averages_are_called_by_where_they_are(tmp_path, capsys):
 @pytest.mark.parametrize("at_once", [1, 13])
 def test_the_parts_that_are_read_change_nothing(at_once, pair, monkeypatch):
     whole = diff.compare(*pair)
-    monkeypatch.setattr(diff, "AT_ONCE", at_once)
-    monkeypatch.setattr(diff, "ELEMENTS", 1)
+    monkeypatch.setattr(diff, "BYTES_AT_ONCE", at_once)
+    monkeypatch.setattr(diff, "ELEMENTS_AT_ONCE", 1)
     reads = []
     read = diff.Stored.read
     monkeypatch.setattr(diff.Stored, "read", lambda self, p: reads.append(len(p)) or read(self, p))
@@ -200,7 +200,7 @@ def test_the_parts_that_are_read_change_nothing(at_once, pair, monkeypatch):
 def test_a_terminal_is_told_after_two_seconds_how_far_it_is(terminal, pair, capsys, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(diff, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(diff, "AT_ONCE", 1)
+    monkeypatch.setattr(diff, "BYTES_AT_ONCE", 1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     diff.compare(*pair)
     told = capsys.readouterr().err.split("\r")

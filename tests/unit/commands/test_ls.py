@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 import emaopt
 from emaopt import checkpoint
 from emaopt.__main__ import main
-from emaopt._commands.ls import Leaf, load_tensorflow, table
+from emaopt._commands.ls import Row, load_tensorflow, table
 
 
 PARAMS = {"conv": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3, jnp.bfloat16)}
@@ -130,8 +130,8 @@ def test_what_tensorflow_prints_when_it_is_loaded_is_not_shown(tmp_path, monkeyp
 
 @pytest.mark.parametrize("width", [60, 80, 120, None])
 def test_the_table_fits_the_terminal(width):
-    long = Leaf("a/" + "x" * 60 + "/kernel", (3, 4), "float32", "average of a" + "x" * 60, 48)
-    lines = table([long, Leaf("b", (), "int64", "variable", 8)], width)
+    long = Row("a/" + "x" * 60 + "/kernel", (3, 4), "float32", "average of a" + "x" * 60, 48)
+    lines = table([long, Row("b", (), "int64", "variable", 8)], width)
     longest = max(map(len, lines))
     assert longest <= width if width else longest > 120
     assert ("…" in lines[1]) == (width is not None)

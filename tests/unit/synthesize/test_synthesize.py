@@ -162,7 +162,7 @@ def test_in_parts_it_is_the_same(runs, tmp_path, monkeypatch):
     )
     outs = [tmp_path / "whole", tmp_path / "parts"]
     for out, size in zip(outs, (2**25, 1), strict=True):
-        monkeypatch.setattr("emaopt.synthesize.AT_ONCE", size)
+        monkeypatch.setattr("emaopt.synthesize.BYTES_AT_ONCE", size)
         Run(runs[0] / "two").write(out, posthoc.gamma(0.15))
     kernel, bias = ("dense", "kernel"), ("dense", "bias")
     assert parts == [{kernel, bias}, {bias}, {kernel}]

@@ -1,0 +1,338 @@
+"""What lies where in a checkpoint: averages, parameters and the rest, by the names of its leaves.
+
+A leaf is one key path, the item first: `("opt_state", "1", "shadow", "conv", "kernel")`. Where
+averages were saved swapped with the parameters, the swap is undone here, and nowhere else.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from emaopt._tree.paths import KeyPath, called
+
+from ._errors import MismatchError
+
+
+DIGESTS = "digests"  # the item with one number per leaf
+EXPORTED = {"params", DIGESTS}  # the items of a checkpoint that holds averages alone
+SHADOW, STEP, RESIDUE, LEDGER, SWAPPED = "shadow", "step", "residue", "ledger", "emaopt_swapped"
+# the fields of an average; "other" stands beside one that `emaopt convert` wrote
+_FIELDS = {SHADOW, STEP, RESIDUE, LEDGER, SWAPPED, "other"}
+
+
+def logical(path: KeyPath) -> KeyPath:
+    """Return a key path without the `value` that a box around an array puts at its end."""
+    return path[:-1] if path[-1:] == ("value",) else path
+
+
+class Average(NamedTuple):
+    """One average: where its node is, whether it is swapped, and where its values are on disk.
+
+    `leaves`: by the name of the parameter, the averaged value (in `params`, if it is swapped).
+    `residues`: by the same name, what `compensated` keeps beside the value, to be added.
+    `scalars`: `step`, and the numbers of a ledger, `ledger/age`.
+    """
+
+    at: KeyPath
+    swapped: bool
+    leaves: dict[KeyPath, KeyPath]
+    residues: dict[KeyPath, KeyPath]
+    scalars: dict[str, KeyPath]
+
+
+class Place(NamedTuple):
+    """Where the average of a leaf is on disk, what is added to it, and where its parameter is."""
+
+    path: KeyPath
+    residue: KeyPath | None
+    param: KeyPath
+
+
+class Contents:
+    """What lies where in a checkpoint.
+
+    Args:
+        paths: the key path of every leaf, as it is on disk.
+        checkpoint: the path of the checkpoint, for errors.
+    """
+
+    def __init__(self, paths: Iterable[KeyPath], checkpoint: Any = ""):
+        self.checkpoint = checkpoint
+        # by the path without a box's `value`, the path on disk
+        self.index: dict[KeyPath, KeyPath] = {logical(path): path for path in paths}
+
+    @cached_property
+    def averages(self) -> dict[KeyPath, Average]:
+        """Every average, by the path of its node."""
+        return {node: self._average(node) for node in self._shadows}
+
+    @cached_property
+    def root(self) -> KeyPath:
+        """The node that the parameters are in."""
+        roots = set(self._roots.values())
+        if not roots:
+            named = [p[: i + 1] for p in self.index for i, key in enumerate(p) if key == "params"]
+            return min(named, key=lambda path: (len(path), path), default=("",))
+        shared = _shared_start(roots)
+        if shared[:1] == ("params",):
+            return ("params",)
+        # of several networks below `params`, one may be averaged; the others are parameters too
+        below = [i for i, key in enumerate(shared) if key == "params"]
+        return shared[: below[-1] + 1] if below else shared
+
+    @cached_property
+    def stored_params(self) -> dict[KeyPath, KeyPath]:
+        """The leaves of `params` by name, as they lie on disk: averages, if they are swapped."""
+        start = len(self.root)
+        return {
+            path[start:]: at
+            for path, at in self.index.items()
+            if _is_in(path, self.root)
+            and path[0] != DIGESTS
+            and not any(_is_in(path, state) for state in self._states)
+        }
+
+    @cached_property
+    def params(self) -> dict[KeyPath, KeyPath]:
+        """The raw parameters by name: a swap is undone."""
+        return self.stored_params | self._swapped
+
+    def called(self, name: str | None) -> list[Average]:
+        """Find the averages that a name means.
+
+        Args:
+            name: what `emaopt.averages` calls it, or any keys of its path, side by side and in
+                order. `None`: the average that is swapped, or all if none is.
+
+        Raises:
+            MismatchError: there is no average, or none of that name.
+        """
+        found = list(self.averages.values())
+        if not found and (name is not None or {path[0] for path in self.index} != EXPORTED):
+            has = sorted({"/".join(filter(None, path[:2])) for path in self.index})
+            raise MismatchError(
+                f"checkpoint {self.checkpoint} holds no average. It has {_few(has)}. Save the "
+                "opt_state of a chain with emaopt.ema in it."
+            )
+        if name is None:
+            return [average for average in found if average.swapped] or found
+        start = len(_shared_start(self.averages))
+        below = {node[start:]: node for node in self.averages}
+        nodes = [below[path] for path in called(name, below)] or called(name, self.averages)
+        if not nodes and name == "ema" and len(found) == 1:  # what an average alone is called
+            return found
+        if not nodes:
+            raise MismatchError(
+                f"name={name!r} is no average of checkpoint {self.checkpoint}. Pass what tells "
+                f"them apart in: {', '.join('/'.join(node) for node in self.averages)}."
+            )
+        return [self.averages[node] for node in nodes]
+
+    def places(self, names: Collection[KeyPath], name: str | None) -> dict[KeyPath, Place]:
+        """Find the average of each named leaf, or its parameter where it has none.
+
+        Args:
+            names: leaves, by their path below the parameters, or below a part of them.
+            name: which average, see `called`.
+
+        Returns:
+            Where each leaf is; those that are found nowhere are left out.
+        """
+        chosen = self.called(name)
+        root = self._root_of(names, chosen)
+        places = {}
+        for leaf in names:
+            at = self.index.get((*root, *leaf))
+            own = self._name((*root, *leaf))
+            holders = [average for average in chosen if own in average.leaves]
+            if len(holders) > 1:
+                raise MismatchError(
+                    f"name is missing: checkpoint {self.checkpoint} has several averages of "
+                    f"{'/'.join(leaf)!r}. Pass name=, what tells them apart in: "
+                    f"{', '.join('/'.join(average.at) for average in holders)}."
+                )
+            param = at if own is None else self.params.get(own)
+            if holders and own is not None:
+                (average,) = holders
+                path = average.leaves[own]
+                places[leaf] = Place(path, average.residues.get(own), param or path)
+            elif param is not None:
+                places[leaf] = Place(param, None, param)
+        return places
+
+    def role(self, path: KeyPath) -> str:
+        """Say what a leaf is: `average of w`, `slot m of w`, `global step`, `rest`."""
+        path = logical(path)
+        if path[0] == DIGESTS:
+            return f"digests of {path[-1]}"
+        for node, average in self.averages.items():
+            if not _is_in(path, node):
+                continue
+            field, *own = path[len(node) :]
+            leaf = "/".join(self._named(node, tuple(own)))
+            of_leaf = {SHADOW: "raw parameter" if average.swapped else "average", RESIDUE: RESIDUE}
+            of_all = {STEP: "global step", SWAPPED: "mark of a swap", LEDGER: "ledger"}
+            if field in of_leaf:
+                return f"{of_leaf[field]} of {leaf}"
+            if field in of_all:
+                return of_all[field]
+        name = self._name(path)
+        if name is not None:
+            return f"average of {'/'.join(name)}" if name in self._swapped else "variable"
+        if path[-1] == STEP:
+            return "global step"
+        if path[-2:-1] == ("powers",):
+            return "power"
+        for i in range(2, len(path)):
+            if path[i:] in self._slot_names:
+                return f"slot {path[i - 1]} of {'/'.join(path[i:])}"
+        return "rest"
+
+    # ---- how it is found -----------------------------------------------------------------------
+
+    @cached_property
+    def _shadows(self) -> dict[KeyPath, list[KeyPath]]:
+        """The node of every average, and the leaves of its shadow, as named there."""
+        stepped = {path[:i] for path in self.index for i, key in enumerate(path) if key == STEP}
+        leaves: dict[KeyPath, list[KeyPath]] = {}
+        for path in self.index:
+            nodes = (path[:i] for i, key in enumerate(path) if key == SHADOW)
+            node = next((node for node in nodes if node in stepped), None)  # the outermost one
+            if node is not None:
+                leaves.setdefault(node, []).append(path[len(node) + 1 :])
+        strange = {p[:i] for p in self.index for i, key in enumerate(p) if key not in _FIELDS}
+        nodes = sorted(node for node in leaves if node not in strange)
+        # parameters may be called `shadow` and `step` as well
+        nodes = [node for node in nodes if "params" not in node] or nodes
+        return {node: leaves[node] for node in nodes}
+
+    @cached_property
+    def _slot_names(self) -> set[KeyPath]:
+        """The names that slots may have: of parameters, and of what is averaged."""
+        return set(self.stored_params).union(*self._shadows.values())
+
+    @cached_property
+    def _roots(self) -> dict[KeyPath, KeyPath]:
+        """For every average, the node that holds its parameters."""
+        return {node: self._root_beside(node, set(own)) for node, own in self._shadows.items()}
+
+    @cached_property
+    def _states(self) -> set[KeyPath]:
+        """The nodes that hold an optimizer's state, and so no parameters."""
+        return {node[: len(_shared_start([node, root])) + 1] for node, root in self._roots.items()}
+
+    @cached_property
+    def _swapped(self) -> dict[KeyPath, KeyPath]:
+        """The raw parameters that lie in a shadow, by name."""
+        return {
+            self._named(node, own): self.index[(*node, SHADOW, *own)]
+            for node, leaves in self._shadows.items()
+            if self._is_swapped(node)
+            for own in leaves
+        }
+
+    def _average(self, node: KeyPath) -> Average:
+        swapped = self._is_swapped(node)
+        leaves, residues = {}, {}
+        for own in self._shadows[node]:
+            name = self._named(node, own)
+            in_shadow = self.index[(*node, SHADOW, *own)]
+            leaves[name] = self.stored_params.get(name, in_shadow) if swapped else in_shadow
+            if (*node, RESIDUE, *own) in self.index:
+                residues[name] = self.index[(*node, RESIDUE, *own)]
+        scalars = {
+            "/".join(path[len(node) :]): at
+            for path, at in self.index.items()
+            if _is_in(path, node) and path[len(node)] in (STEP, LEDGER)
+        }
+        return Average(node, swapped, leaves, residues, scalars)
+
+    def _is_swapped(self, node: KeyPath) -> bool:
+        return (*node, SWAPPED) in self.index
+
+    def _named(self, node: KeyPath, own: KeyPath) -> KeyPath:
+        """The name among all parameters of a leaf that an average knows by a name of its own."""
+        return (*self._roots[node][len(self.root) :], *own)
+
+    def _name(self, path: KeyPath) -> KeyPath | None:
+        """The name of a parameter, by its path."""
+        name = path[len(self.root) :]
+        return name if _is_in(path, self.root) and name in self.stored_params else None
+
+    def _candidates(self, names: Collection[KeyPath]) -> list[KeyPath]:
+        """Find the nodes that hold most of these names, those far from every average first.
+
+        Slots have the same names, but stand in the optimizer's state, beside the average.
+        """
+        names = set(names)
+        held = Counter(
+            path[:i]
+            for path in self.index
+            if path[0] != DIGESTS
+            for i in range(1, len(path) + 1)
+            if path[i:] in names
+        )
+        nodes = list(self._shadows)
+        outside = [root for root in held if not any(_is_in(root, node) for node in nodes)]
+        most = max((held[root] for root in outside), default=0)
+        return sorted((root for root in outside if held[root] == most), key=self._rank)
+
+    def _rank(self, root: KeyPath) -> tuple:
+        near = max((len(_shared_start([root, node])) for node in self._shadows), default=0)
+        return near, len(root), "params" not in root, root
+
+    def _root_beside(self, node: KeyPath, names: set[KeyPath]) -> KeyPath:
+        """Find the parameters of an average: of several networks, those in the same place."""
+
+        def place_in_node(key: str) -> int:
+            return node.index(key) if key in node else len(node)
+
+        best, *others = self._candidates(names) or [("",)]
+        for root in others:
+            differ = [i for i, (a, b) in enumerate(zip(root, best, strict=False)) if a != b]
+            if len(root) == len(best) and len(differ) == 1:
+                (i,) = differ
+                if place_in_node(root[i]) < place_in_node(best[i]):
+                    best = root
+        return best
+
+    def _root_of(self, names: Collection[KeyPath], chosen: list[Average]) -> KeyPath:
+        """Find the node that names of leaves start at: that of the parameters, or a part of it.
+
+        Raises:
+            MismatchError: several parts have such leaves, and nothing tells them apart.
+        """
+        candidates = self._candidates(names)
+        if not candidates or self.root in candidates:
+            return self.root
+        averaged = {self._roots[average.at] for average in chosen}.intersection(candidates)
+        first = self._rank(candidates[0])[:-1]
+        parts = sorted(averaged) or [root for root in candidates if self._rank(root)[:-1] == first]
+        if len(parts) > 1:
+            raise MismatchError(
+                f"like is a part of the parameters of checkpoint {self.checkpoint}, and several "
+                f"parts have such leaves: {_few('/'.join(part) for part in parts)}. Pass the whole."
+            )
+        return parts[0]
+
+
+def _is_in(path: KeyPath, node: KeyPath) -> bool:
+    return path[: len(node)] == node
+
+
+def _shared_start(paths: Iterable[KeyPath]) -> KeyPath:
+    """The keys that all paths start with."""
+    keys = []
+    for column in zip(*paths, strict=False):
+        if len(set(column)) > 1:
+            break
+        keys.append(column[0])
+    return tuple(keys)
+
+
+def _few(names: Iterable[str], at_most: int = 20) -> str:
+    """Some names for an error, and how many more there are."""
+    names = list(names)
+    more = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")
