@@ -196,7 +196,7 @@ def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
     if name in found:
         return {name: found[name]}
     paths = dict(zip(average_paths(opt_state), found, strict=True))
-    meant = [paths[path] for path in called(str(name), paths)]
+    meant = [paths[path] for path in called(name, paths)] if isinstance(name, str) else []
     if not meant:
         raise ValueError(
             f"name={name!r} is not an average.{did_you_mean(str(name), found)} "
