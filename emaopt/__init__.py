@@ -38,7 +38,11 @@ from ._average.ema import (
     ema as ema,
     moving_average as moving_average,
 )
-from ._average.feedback import overwrite as overwrite
+from ._average.feedback import (
+    PrimalState as PrimalState,
+    overwrite as overwrite,
+    primal as primal,
+)
 from ._average.find import (
     average as average,
     averages as averages,

@@ -1,69 +1,345 @@
-"""Averages fed back into training."""
+"""Feed averages back into training.
 
+`overwrite` moves the parameters to their average every n updates: Switch EMA, lookahead, DiLoCo.
+`primal` takes the gradients near the average at every update: schedule-free training, GPA.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from emaopt._tree.checks import check_scalar, whole
-from emaopt._tree.leaves import tree_map
-from emaopt._tree.numbers import is_inexact, wide
+from emaopt._tree.checks import SHARE, Range, check, whole
+from emaopt._tree.leaves import apply_update, by_path, from_paths, tree_map
+from emaopt._tree.numbers import is_concrete, is_inexact, wide
+from emaopt._tree.paths import KeyPath, Tree
 
+from .ema import EmaState
 from .find import average as average_of, averages
 
 
 def overwrite(
-    n: int, average: optax.GradientTransformation, name: str | None = None
+    n: int,
+    tx: optax.GradientTransformation,
+    *,
+    strength: ArrayLike | Callable[[Any], Any] = 1.0,
+    outer: optax.GradientTransformation | None = None,
+    name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An average that overwrites the parameters after every n updates: last in the chain.
+    """Overwrite the parameters with their average after every n updates; last in the chain.
 
-    `average`: `ema(decay)`, or what Optax and `heal` wrap around it; the state is its own. After
-    its updates n, 2n, ... the updates become `average - params`, so that `optax.apply_updates`
-    leads to the averages: exactly, where an average is between half and twice its parameter, and
-    otherwise to within one rounding of their difference, in the dtype of the updates. A parameter
-    that is NaN stays NaN. Leaves without an average keep their update. The average itself is not
-    changed, nor is the optimizer's state. `name`: which average, where a leaf has several, as for
-    `emaopt.average`.
+    After its updates n, 2n, ... the updates become `strength * (average - params)`, where `params`
+    are the parameters that the step led to. The average itself is not changed, nor is the state of
+    the optimizer. With `strength=1`, `optax.apply_updates` leads to the averages: bit for bit where
+    an average is within a factor of two of its parameter, otherwise to within one rounding of their
+    difference in the dtype of the updates. A parameter that is NaN stays NaN.
 
-    `overwrite(n, ema(after(1, momentum)))` is Keras' `ema_overwrite_frequency`; a long n, one
-    epoch, Switch EMA (arXiv:2402.09240). Lookahead (arXiv:1907.08610) with slow step size alpha is
-    `overwrite(k, ema(every(k, (1 - alpha) ** (1 / k))))`.
+    With `outer`, the average is a point that moves at these updates only, by an optimizer of its
+    own: its gradient is `average - params`, and average and parameters continue from the result.
+    Use `ema(1.0)` as that average: it never moves by itself.
 
-    >>> import emaopt
-    >>> tx = optax.chain(optax.sgd(1.0), overwrite(2, emaopt.ema(0.5)))
-    >>> params = jnp.array([0.0])
-    >>> opt_state = tx.init(params)
-    >>> for _ in range(2):
-    ...     updates, opt_state = tx.update(jnp.array([-8.0]), opt_state, params)
-    ...     params = optax.apply_updates(params, updates)
-    ...     print(params, opt_state[-1].shadow)
-    [8.] [4.]
-    [10.] [10.]
+    Switch EMA (arXiv:2402.09240), hare and tortoise (arXiv:2406.02596): `overwrite(n, ema(decay))`,
+    with n of one epoch. Keras' `ema_overwrite_frequency`: `overwrite(n, ema(after(1, momentum)))`.
+    Lookahead (arXiv:1907.08610): `overwrite(k, ema(1.0), outer=optax.sgd(alpha))`. DiLoCo
+    (arXiv:2311.08105): `overwrite(h, ema(1.0), outer=optax.sgd(0.7, 0.9, nesterov=True))`. Several
+    workers on a mesh axis take the mean of their gradients first: `outer=optax.chain(
+    optax.stateless(lambda g, p: jax.lax.pmean(g, axis)), optax.sgd(...))`, inside `jax.shard_map`.
+
+    Args:
+      n: The number of updates from one overwriting to the next; 1 or more.
+      tx: `ema(decay)`, or what Optax and `heal` wrap around it.
+      strength: How far the parameters move to the average: a number from 0 to 1, or a schedule of
+        the number of updates before this one (0, 1, ...).
+      outer: An optimizer of the average, which sees `average - params` as the gradient.
+      name: Which average, where a leaf has several, as for `average`.
+
+    Returns:
+      A transformation. Its state is that of `tx`; with `outer`, `(state of tx, state of outer)`.
+      Leaves without an average keep their update.
+
+    Example:
+      >>> import emaopt
+      >>> tx = optax.chain(optax.sgd(1.0), overwrite(2, emaopt.ema(0.5)))
+      >>> params = jnp.array([0.0])
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, opt_state = tx.update(jnp.array([-8.0]), opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params, opt_state[-1].shadow)
+      [8.] [4.]
+      [10.] [10.]
     """
-    check_scalar("n", n, *whole(1))
-    if not isinstance(average, optax.GradientTransformation):
-        raise ValueError(f"average={average!r} is no transformation. Pass emaopt.ema(decay).")
-    inner = optax.with_extra_args_support(average)
+    check("n", n, *whole(1))
+    if not callable(strength):
+        check("strength", strength, *SHARE)
+    _check_transformation("tx", tx, "emaopt.ema(decay)")
+    inner = optax.with_extra_args_support(tx)
+    if outer is not None:
+        _check_transformation("outer", outer, "an optimizer such as optax.sgd(0.7)")
+        inner = _with_outer(n, inner, outer, name)
+    meets = not callable(strength) and is_concrete(strength) and strength == 1
 
     def init(params):
-        state = inner.init(params)
-        if not averages(state):
-            raise ValueError("average holds no average. Pass emaopt.ema(decay).")
-        return state
+        return _init("tx", inner, params)
 
     def update(updates, state, params=None, **extra):
         updates, state = inner.update(updates, state, params, **extra)
-        goal = average_of(params, state, name)
-        step = next(iter(averages(state).values())).step
-        now = step % jnp.asarray(n, step.dtype) == 0
-        feed = lambda p, u, a: u if a is p else _feed(p, u, a, now)
-        return tree_map(feed, params=params, updates=updates, average=goal), state
+        now, step = _is_due(n, state)
+        share = strength(step - 1) if callable(strength) else strength
+        led_to = _widened(tree_map(apply_update, params=params, updates=updates))
+        goal = _averages_like(params, state, name)
+
+        def feed(p, u, q, a):
+            if a is None or u is None or not is_inexact(u):
+                return u
+            # all the way, and rounded first, the parameters meet what `average` returns bit for bit
+            target = _as(a, p).astype(a.dtype) if meets else q + (a - q) * share
+            return jnp.where(now, _difference(target, p, u), u)
+
+        trees = {"params": params, "updates": updates, "led_to": led_to, "average": goal}
+        return tree_map(feed, **trees), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _feed(p, u, a, now):
-    """The update of one leaf that has an average."""
-    if u is None or not (is_inexact(p) and is_inexact(u)):
-        return u
-    dtype = wide(jnp.result_type(p))
-    difference = a.astype(dtype) - jnp.asarray(p).astype(dtype)
-    return jnp.where(now, difference.astype(jnp.result_type(u)), u)
+def _with_outer(n: int, inner: Any, outer: Any, name: str | None) -> Any:
+    """Move the averages of a transformation every n updates, by an optimizer of their own."""
+    outer = optax.with_extra_args_support(outer)
+
+    def init(params):
+        state = _init("tx", inner, params)
+        return state, outer.init(_averages_like(params, state, name))
+
+    def update(updates, state, params=None, **extra):
+        state, of_outer = state
+        updates, state = inner.update(updates, state, params, **extra)
+        led_to = _widened(tree_map(apply_update, params=params, updates=updates))
+        now, _ = _is_due(n, state)
+        move = lambda state, of_outer: _moved(state, of_outer, outer, led_to, name)
+        stay = lambda state, of_outer: (state, of_outer)
+        return updates, jax.lax.cond(now, move, stay, state, of_outer)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_due(n: int, state: Tree) -> tuple[jax.Array, jax.Array]:
+    """Return whether this update is one of n, 2n, ..., and its number."""
+    step = next(iter(averages(state).values())).step
+    return step % jnp.asarray(n, step.dtype) == 0, step
+
+
+class PrimalState(NamedTuple):
+    """The state of `primal`. `base`: of the optimizer. `average`: of the average, which holds x.
+
+    `z`: where the optimizer stands, float32, at leaves whose parameters are narrower than float32;
+    `None` at other leaves, where z follows from the parameters and the average.
+    """
+
+    base: Tree
+    average: Tree
+    z: Tree
+
+
+def primal(
+    tx: optax.GradientTransformation,
+    average: optax.GradientTransformation,
+    interpolation: ArrayLike = 0.9,
+    *,
+    pull: ArrayLike | Callable[[Any], Tree] = 0.0,
+    at: str = "y",
+) -> optax.GradientTransformationExtraArgs:
+    """Train with gradients taken near the average: schedule-free training, primal averaging, GPA.
+
+    There are three points. z is where the optimizer `tx` stands. x is the average of z. The
+    parameters are y, between the two, and the gradient is taken there::
+
+        z = z + (update of tx, from the gradient at y)
+        x = average of z
+        y = interpolation * x + (1 - interpolation) * z
+
+    Evaluate x: `emaopt.average(params, opt_state)`. The learning rate may stay constant, for any
+    length of training. `average=ema(power(0))` is schedule-free training (Defazio et al.,
+    arXiv:2405.15682), a constant decay is generalized primal averaging (GPA, arXiv:2512.17131),
+    `power(r)` weighs as ScheduleFree+ (arXiv:2605.19095). Choose an optimizer without momentum,
+    such as `optax.adam(rate, b1=0)`: the interpolation takes the place of momentum.
+
+    The state has one array per parameter more than that of `tx`: the average. z follows from y and
+    x, with an error of one rounding of y divided by `1 - interpolation`. For parameters of 16 bits
+    that would be too much, and z is kept in float32 too. Batch statistics are gathered at y:
+    measure them again with the average before evaluating (`recalibrate`).
+
+    With `pull`, z moves towards x: `z = z + tx.update(...) + pull * (x - y)`, x from before the
+    update. At `interpolation=0` this is PACE (arXiv:2606.25086).
+
+    Args:
+      tx: The optimizer, any chain without an average.
+      average: `ema(decay)`, or what Optax and `heal` wrap around it.
+      interpolation: The weight of the average in the parameters, from 0 to below 1. With 0 the
+        parameters are z, as in a chain of `tx` and `average`.
+      pull: How far z moves to x at each update: a number from 0 to 1, or a function of the state of
+        `tx` after its update that returns a number or a tree like the parameters.
+      at: The parameters that `tx` is called with, so where its weight decay acts: "y", as in
+        schedulefree and Optax, or "z". An optimizer that computes the new parameters from the old
+        ones (`ftrl`, LAMB, projections) needs "z".
+
+    Returns:
+      A transformation; its updates lead from y to the next y. Put it last in a chain, and wrap
+      `optax.MultiSteps` or `optax.apply_if_finite` around it.
+
+    Example:
+      >>> import emaopt
+      >>> tx = primal(optax.sgd(1.0), emaopt.ema(0.5), interpolation=0.75)
+      >>> params = jnp.array([0.0])
+      >>> updates, opt_state = tx.update(jnp.array([-8.0]), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))  # z = 8, x = 4, y = 0.75 * 4 + 0.25 * 8
+      [5.]
+    """
+    below_one = Range(lambda x: (x >= 0) & (x < 1), "a number from 0 to below 1")
+    check("interpolation", interpolation, *below_one)
+    if not callable(pull):
+        check("pull", pull, *SHARE)
+    if at not in ("y", "z"):
+        raise ValueError(f"at={at!r} is no point. Pass 'y' or 'z'.")
+    _check_transformation("tx", tx, "an optimizer such as optax.sgd(0.1)")
+    _check_transformation("average", average, "emaopt.ema(decay)")
+    base, mean = optax.with_extra_args_support(tx), optax.with_extra_args_support(average)
+
+    def init(params):
+        of_base, of_mean = base.init(params), _init("average", mean, params)
+        if averages(of_base):
+            raise ValueError("tx holds an average of its own. Pass the optimizer alone.")
+        x = _averages_like(params, of_mean)
+        return PrimalState(of_base, of_mean, tree_map(_kept, params=params, x=x))
+
+    def update(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError(
+                "params is missing: primal computes the next parameters from them. "
+                "Call tx.update(grads, state, params)."
+            )
+        x = _averages_like(params, state.average)
+        z = tree_map(partial(_z, interpolation), params=params, x=x, z=state.z)
+        seen = params if at == "y" else tree_map(_as, z=z, params=params)
+        updates, of_base = base.update(updates, state.base, seen, **extra)
+        if callable(pull) or not is_concrete(pull) or pull != 0:
+            share = pull(of_base) if callable(pull) else pull
+            updates = _pulled(updates, params, x, share)
+        moves = tree_map(_as, updates=updates, z=z)
+        _, of_mean = mean.update(moves, state.average, z, **extra)
+        z = tree_map(apply_update, z=z, moves=moves)
+        x = _averages_like(params, of_mean)
+
+        def lead(p, u, x, z):
+            if x is None or u is None or not is_inexact(u):
+                return u
+            # Written with differences of near numbers, which are exact. Through a rounded y, z
+            # would be off by that rounding times 1 / (1 - interpolation).
+            step = (z - jnp.asarray(p).astype(z.dtype)) + (x - z) * interpolation
+            return step.astype(u.dtype)
+
+        kept = tree_map(lambda old, new: new, kept=state.z, z=z)
+        updates = tree_map(lead, params=params, updates=updates, x=x, z=z)
+        return updates, PrimalState(of_base, of_mean, kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_transformation(name: str, tx: Any, wanted: str) -> None:
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(f"{name}={tx!r} is no transformation. Pass {wanted}.")
+
+
+def _init(name: str, tx: optax.GradientTransformation, params: Tree) -> Tree:
+    """Make the state of a transformation that must hold an average."""
+    state = tx.init(params)
+    if not averages(state):
+        raise ValueError(f"{name} holds no average. Pass emaopt.ema(decay).")
+    return state
+
+
+def _widened(params: Tree) -> Tree:
+    """Convert the floating-point leaves to float32 or wider."""
+    widen = lambda p: jnp.asarray(p, wide(jnp.result_type(p))) if is_inexact(p) else p
+    return tree_map(widen, params=params)
+
+
+def _averages_like(params: Tree, opt_state: Tree, name: str | None = None) -> Tree:
+    """Collect the averages of floating-point leaves, float32 or wider; `None` at other leaves."""
+    like = lambda p: jax.ShapeDtypeStruct(jnp.shape(p), wide(jnp.result_type(p)))
+    wanted = tree_map(lambda p: like(p) if is_inexact(p) else p, params=params)
+    found = average_of(wanted, opt_state, name)
+    has_none = lambda w, a: not is_inexact(w) or isinstance(a, jax.ShapeDtypeStruct)
+    return tree_map(lambda w, a: None if has_none(w, a) else a, wanted=wanted, average=found)
+
+
+def _difference(target: jax.Array, p: Any, u: jax.Array) -> jax.Array:
+    """Compute the update that leads from a parameter to a target, in the dtype of the update."""
+    return (target - jnp.asarray(p).astype(target.dtype)).astype(u.dtype)
+
+
+def _as(x: Any, like: Any) -> Any:
+    """Convert a floating-point leaf to the dtype of another one."""
+    return x.astype(jnp.result_type(like)) if is_inexact(x) and is_inexact(like) else x
+
+
+def _kept(p: Any, x: Any) -> Any:
+    """Start z of a leaf whose parameters are too narrow to tell z from y and x."""
+    if x is None or jnp.result_type(p) == x.dtype:
+        return None
+    return jnp.array(p, x.dtype, copy=True)
+
+
+def _z(interpolation: Any, y: Any, x: Any, z: Any) -> Any:
+    """Find where the optimizer stands: as stored, or from y = z + (x - z) * interpolation."""
+    if z is not None or x is None:
+        return y if z is None else z
+    y = jnp.asarray(y)
+    return y + (y - x) * (interpolation / (1 - interpolation))
+
+
+def _pulled(updates: Tree, y: Tree, x: Tree, share: Any) -> Tree:
+    """Add `share * (x - y)` to the updates of the leaves that have an average."""
+
+    def pull(y, u, x, share):
+        if x is None or u is None or not is_inexact(u):
+            return u
+        return (u + share * (x - jnp.asarray(y).astype(x.dtype))).astype(u.dtype)
+
+    if jax.tree.structure(share) == jax.tree.structure(0):
+        share = jax.tree.map(lambda _: share, y)
+    return tree_map(pull, params=y, updates=updates, x=x, pull=share)
+
+
+def _moved(
+    state: Tree, of_outer: Tree, outer: Any, led_to: Tree, name: str | None
+) -> tuple[Tree, Tree]:
+    """Move the averages by a step of the outer optimizer, which sees `average - params`."""
+    points = _averages_like(led_to, state, name)
+    distance = tree_map(lambda point, p: point - p, average=points, params=led_to)
+    moves, of_outer = outer.update(distance, of_outer, points)
+    values = by_path(optax.apply_updates(points, moves))
+    chosen = [s for called, s in averages(state).items() if name in (None, called)]
+
+    def put(node: Any) -> Any:
+        return _with_values(node, values) if any(node is each for each in chosen) else node
+
+    return jax.tree.map(put, state, is_leaf=lambda node: isinstance(node, EmaState)), of_outer
+
+
+def _with_values(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
+    """Replace the averages of the leaves that have a value; a residue takes what rounding took."""
+    shadow = by_path(state.shadow)
+    residue = {} if state.residue is None else by_path(state.residue)
+    for path, value in values.items():
+        old: Any = shadow.get(path)
+        if old is None or value is None:
+            continue
+        shadow[path] = new = value.astype(old.dtype)
+        if residue:
+            residue[path] = (value - new.astype(value.dtype)).astype(old.dtype)
+    state = state._replace(shadow=from_paths(state.shadow, shadow))
+    return state._replace(residue=from_paths(state.residue, residue)) if residue else state

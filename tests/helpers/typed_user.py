@@ -75,6 +75,7 @@ def train(params: Params, x: jax.Array) -> Params:
         ("small", emaopt.ema(lambda t: 0.5, accumulator_dtype=emaopt.stochastic(jnp.bfloat16))),
         ("well", optax.masked(emaopt.heal(emaopt.ema(0.9)), emaopt.matching("w"))),
         ("back", emaopt.overwrite(10, emaopt.ema(0.9), name="ema")),
+        ("near", emaopt.primal(optax.sgd(0.1), emaopt.ema(0.9), 0.9)),
     )
     opt_state = tx.init(params)
     value, grads = emaopt.compute_gradients(loss, params, x, var_list=emaopt.matching("w"))
@@ -120,6 +121,8 @@ def states(state: Any) -> None:
             print(int(step), slots["m"], powers["beta1_power"])
         case emaopt.SwappedEmaState(shadow=shadow):
             print(shadow)
+        case emaopt.PrimalState(z=z):
+            assert_type(z, Any)
         case emaopt.HealState(healed=healed):
             print(healed)
         case _:

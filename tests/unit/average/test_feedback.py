@@ -297,16 +297,129 @@ def test_feeding_back_is_local_to_every_device():
     [
         (lambda: emaopt.overwrite(0, emaopt.ema(0.9)), "n=0 is out of range"),
         (lambda: emaopt.overwrite(2.5, emaopt.ema(0.9)), "n=2.5 is out of range"),
-        (lambda: emaopt.overwrite(2, 0.9), "average=0.9 is no transformation"),
-        (lambda: emaopt.overwrite(2, optax.sgd(0.1)).init(PARAMS), "average holds no average"),
+        (lambda: emaopt.overwrite(2, emaopt.ema(0.9), strength=2.0), "strength=2.0 is out of"),
+        (lambda: emaopt.overwrite(2, emaopt.ema(0.9), outer=0.7), "outer=0.7 is no"),
+        (lambda: emaopt.overwrite(2, 0.9), "tx=0.9 is no transformation"),
+        (lambda: emaopt.overwrite(2, optax.sgd(0.1)).init(PARAMS), "tx holds no average"),
         (lambda: run(chain(2, emaopt.ema(0.9), name="fast")), "name='fast' is not an average"),
         (
             lambda: run(chain(2, optax.chain(emaopt.ema(0.9), emaopt.ema(0.8)))),
             "name is missing: leaf 'b' has several averages",
         ),
     ],
-    ids=["zero", "half", "number", "no_average", "unknown", "several"],
+    ids=["zero", "half", "strength", "outer", "number", "no_average", "unknown", "several"],
 )
 def test_what_cannot_be_fed_back_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def by_hand(n, feed):
+    """The parameters after each update of momentum SGD; `feed(theta, slow)` at n, 2n, ..."""
+    theta = {k: np.asarray(x, np.float64) for k, x in PARAMS.items()}
+    slow = {k: x.copy() for k, x in theta.items()}
+    trace = {k: np.zeros_like(x) for k, x in theta.items()}
+    history = []
+    for t, grads in enumerate(GRADS, 1):
+        for k, g in grads.items():
+            trace[k] = 0.9 * trace[k] + np.asarray(g, np.float64)
+            theta[k] = theta[k] - 0.1 * trace[k]
+        if t % n == 0:
+            theta, slow = feed(theta, slow)
+        history.append(dict(theta))
+    return history
+
+
+def assert_followed(tx, wanted):
+    for (params, _), theta in zip(run(optax.chain(optax.sgd(0.1, 0.9), tx)), wanted, strict=True):
+        for k, x in params.items():
+            np.testing.assert_allclose(x, theta[k], rtol=1e-6, atol=1e-6)
+
+
+def test_lookahead_is_an_outer_step_of_plain_descent():
+    def feed(theta, slow):
+        slow = {k: slow[k] + 0.5 * (theta[k] - slow[k]) for k in slow}
+        return dict(slow), slow
+
+    wanted = by_hand(3, feed)
+    assert_followed(emaopt.overwrite(3, emaopt.ema(1.0), outer=optax.sgd(0.5)), wanted)
+    assert_followed(emaopt.overwrite(3, emaopt.ema(emaopt.every(3, 0.5 ** (1 / 3)))), wanted)
+
+
+def test_diloco_is_an_outer_step_with_nesterov_momentum():
+    moments = dict.fromkeys(PARAMS, 0.0)
+
+    def feed(theta, slow):
+        for k in slow:
+            g = slow[k] - theta[k]
+            moments[k] = 0.9 * moments[k] + g
+            slow[k] = slow[k] - 0.7 * (g + 0.9 * moments[k])
+        return dict(slow), slow
+
+    outer = optax.sgd(0.7, 0.9, nesterov=True)
+    wanted = by_hand(3, feed)
+    assert_followed(emaopt.overwrite(3, emaopt.ema(1.0), outer=outer), wanted)
+
+
+def test_workers_on_an_axis_share_the_outer_step():
+    outer = optax.chain(
+        optax.stateless(lambda g, p: jax.lax.pmean(g, "worker")), optax.sgd(0.7, 0.9, nesterov=True)
+    )
+    tx = optax.chain(optax.sgd(0.1), emaopt.overwrite(2, emaopt.ema(1.0), outer=outer))
+    several = jax.tree.map(lambda g: jnp.stack([g, -2 * g, 3 * g]), GRADS[0])
+
+    def train(grads):
+        params, opt_state = PARAMS, tx.init(PARAMS)
+        for t in range(4):
+            mine = jax.tree.map(lambda g, t=t: g * (t + 1), grads)
+            updates, opt_state = tx.update(mine, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return params, emaopt.average(params, opt_state)
+
+    params, averaged = jax.vmap(train, axis_name="worker")(several)
+    alone, _ = jax.vmap(train, axis_name="worker")(
+        jax.tree.map(lambda g: jnp.stack([g * 2 / 3] * 3), GRADS[0])
+    )
+    for k, x in params.items():
+        np.testing.assert_array_equal(x[0], x[1])
+        np.testing.assert_array_equal(x, averaged[k])
+        np.testing.assert_allclose(x, alone[k], rtol=1e-5, atol=1e-6)
+
+
+def test_a_strength_moves_the_parameters_part_of_the_way():
+    history, plain = run(chain(3, emaopt.ema(0.5), strength=0.25)), run(chain(3, emaopt.ema(0.5)))
+    theta, averaged = plain[2][0], emaopt.average(*plain[2])
+    raw, _ = run(optax.chain(optax.sgd(0.1, 0.9), emaopt.ema(0.5)))[2]
+    for k, x in history[2][0].items():
+        np.testing.assert_allclose(x, raw[k] + 0.25 * (averaged[k] - raw[k]), rtol=1e-6)
+    assert_bitwise(history[2][1], plain[2][1])
+    assert_bitwise(theta, averaged)
+    zero = run(chain(3, emaopt.ema(0.5), strength=lambda step: jnp.where(step < 3, 0.0, 1.0)))
+    for k, x in zero[2][0].items():
+        np.testing.assert_allclose(x, raw[k], rtol=1e-6)
+    assert_bitwise(zero[5][0], emaopt.average(*zero[5]))
+
+
+def test_an_outer_step_of_a_compensated_average_loses_nothing_to_rounding():
+    def after(accumulator_dtype, params):
+        point = emaopt.ema(1.0, accumulator_dtype=accumulator_dtype)
+        tx = emaopt.overwrite(1, point, outer=optax.sgd(1e-4))
+        opt_state = tx.init(params)
+        for _ in range(50):
+            updates, opt_state = tx.update(jnp.ones_like(params), opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return emaopt.average(params.astype(jnp.float32), opt_state[0])
+
+    start = jnp.ones(1, jnp.bfloat16)
+    exact = 1 + 50e-4
+    np.testing.assert_allclose(after(None, start), exact, rtol=1e-4)
+    np.testing.assert_allclose(after(emaopt.compensated(jnp.bfloat16), start), exact, rtol=3e-4)
+
+
+def test_an_outer_step_leaves_what_has_no_average():
+    masked = optax.masked(emaopt.ema(1.0), {"w": True, "b": False})
+    history = run(chain(2, masked, outer=optax.sgd(0.5)))
+    plain = run(optax.sgd(0.1, 0.9))
+    np.testing.assert_array_equal(history[-1][0]["b"], plain[-1][0]["b"])
+    assert not np.array_equal(history[-1][0]["w"], plain[-1][0]["w"])
+    np.testing.assert_array_equal(history[-1][0]["w"], emaopt.average(*history[-1])["w"])
