@@ -129,6 +129,15 @@ def states(state: Any) -> None:
             print(state)
 
 
+def failures(path: str, params: Params) -> Params:
+    try:
+        return checkpoint.restore_averages(path, params)
+    except checkpoint.DamagedError:
+        return checkpoint.restore_averages(path, params, step=1)
+    except checkpoint.MismatchError as error:
+        raise SystemExit(str(error)) from error
+
+
 def names(params: Params, opt_state: optax.OptState) -> None:
     print(emaopt.names(opt_state), emaopt.slot(opt_state, "m"))
     assert_type(emaopt.slot_names(opt_state), list[str])
