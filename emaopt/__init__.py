@@ -20,9 +20,8 @@ from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
+from ._average.decay import Decay as Decay, DecayLike as DecayLike
 from ._average.decays import (
-    Decay as Decay,
-    DecayLike as DecayLike,
     after as after,
     debiased as debiased,
     every as every,

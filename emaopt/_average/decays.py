@@ -1,100 +1,75 @@
-"""Functions of the step.
+"""The decays of emaopt, each a function of t = 1, 2, ..., the number of updates with this one.
 
-A *schedule* gives a learning rate and sees the number of updates before this one: 0, 1, ...
-A *decay* gives the share of an average that one update keeps and sees the number of updates
-with this one: t = 1, 2, ... What the average computes with is `rate = 1 - decay`, and near 1 the
-subtraction is where float32 loses everything: `1 - (1 - 1/t)` is 19 % off at t = 1e7. So a decay
-of emaopt's own is a `Decay`: a function of t that is made from its rate. Any other function
-`t -> decay` will do too, and a number is a constant decay.
+They compose: `every(10, after(1000, power(7)))`. See `emaopt._average.decay` for what a decay is.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from emaopt._tree.checks import POSITIVE, SHARE, check_scalar, whole
-from emaopt._tree.numbers import is_concrete, scalar
+from emaopt._tree.checks import FINITE, POSITIVE, SHARE, Range, check_scalar, whole
+from emaopt._tree.numbers import is_concrete
 
-
-@dataclasses.dataclass(frozen=True)
-class Decay:
-    """A decay made from its rate: `decay(t) = 1 - rate(t)`.
-
-    `rate(t)` is what one update takes from the new value. `over(t, n)` is what n updates in a row
-    take, the last of them at t: 1 - decay(t) * ... * decay(t-n+1).
-
-    >>> mean = Decay(lambda t: 1 / t, lambda t, n: n / t)
-    >>> mean(4)
-    0.75
-    """
-
-    rate: Callable[[Any], Any]
-    over: Callable[[Any, Any], Any]
-    exact: bool = True  # False: `over` takes the decay for constant over the n updates
-
-    def __call__(self, t: Any) -> Any:
-        check_scalar("t", t, lambda t: t >= 1, _COUNTED)
-        return 1 - self.rate(t)
-
-
-DecayLike = float | jax.Array | Callable[[Any], Any]
-
-_COUNTED = (
-    "the number of updates with this one, 1 or more. Optax's schedules count from 0: a decay in "
-    'optax.inject_hyperparams needs static_args="decay". To start later: emaopt.after(n, decay)'
+from .decay import (
+    LOG_OF_ZERO,
+    Decay,
+    DecayLike,
+    as_decay,
+    as_inner,
+    call,
+    number,
+    pointwise,
+    together,
 )
 
 
-def as_decay(decay: DecayLike) -> Decay:
-    """What an average computes with.
-
-    A number or a function of the user's is TF1's float32 arithmetic, rate = 1 - float32(decay).
-    """
-    if isinstance(decay, Decay):
-        return decay
-    if callable(decay):
-        _check_function(decay)
-        return pointwise(lambda t: 1 - jnp.asarray(decay(t)).astype(jnp.float32))
-    _check_number(decay)
-    rate = 1 - scalar(decay, jnp.float32)
-    return Decay(lambda t: rate, lambda t, n: _power(jnp.log1p(-rate), n))
+# above, the rate is not a normal number of float32, and flushed to 0
+_LONGEST = 5e37
+_HALF_LIFE = Range(
+    lambda x: POSITIVE.holds(x) & (x <= _LONGEST), f"a number above 0, at most {_LONGEST:g}"
+)
+_GAMMA = Range(lambda x: (x > -1) & FINITE.holds(x), "a number above -1")
 
 
 def warmup(decay: DecayLike) -> Decay:
-    """TF1's `num_updates`: a decay that starts low, `min(decay, (1 + t) / (10 + t))`.
+    """Let a decay start low: `min(decay, (1 + t) / (10 + t))`, as TF1's `num_updates` does.
 
-    In TF1's float32 arithmetic. The first update of a run, t = 1, keeps 2/11.
+    It is in TF1's float32 arithmetic. The first update of a run, t = 1, keeps 2/11. Below its cap
+    this ramp is close to `power(8)`: the average is over about the last tenth of the updates.
 
-    >>> [round(float(warmup(0.3)(t)), 4) for t in (1, 2, 3, 4)]
-    [0.1818, 0.25, 0.3, 0.3]
+    Args:
+        decay: The decay that the ramp leads to: a number from 0 to 1, or a function of t.
+
+    Example:
+        >>> [round(float(warmup(0.3)(t)), 4) for t in (1, 2, 3, 4)]
+        [0.1818, 0.25, 0.3, 0.3]
     """
     inner = as_decay(decay)
 
     # 1 - min(a, b) is max(1 - a, 1 - b), also after rounding, so TF1's number comes out
     def rate(t):
         n = jnp.asarray(t).astype(jnp.float32)
-        return jnp.maximum(_float(inner.rate(t)), _float(1 - (1 + n) / (10 + n)))
+        return jnp.maximum(number(inner.rate(t)), number(1 - (1 + n) / (10 + n)))
 
-    return pointwise(rate)
+    return pointwise(rate, call("warmup", inner))
 
 
 def debiased(decay: DecayLike) -> Decay:
-    """Adam's and TF1's zero-debiasing as a decay: the average forgets where it started.
+    """Remove the bias towards the start: zero-debiasing as in Adam and TF1, as a decay.
 
-    `rate(t) = (1 - decay) / (1 - decay**t)`: the same numbers as an average that starts at zero
-    and is divided by `1 - decay**t`. The first update keeps nothing.
+    `rate(t) = (1 - decay) / (1 - decay**t)`. These are the numbers of an average that starts at
+    zero and is divided by `1 - decay**t`. The first update keeps nothing of the initial value.
 
-    `decay` is a number below 1 or a decay whose product over all updates is known (`half_life`,
-    `power`, `every`, `after`); the product of a ramp or of a function is not.
+    Args:
+        decay: A number from 0 to below 1, or a decay whose product over all updates is known:
+            `half_life`, `power`, `every`, `after`. The product of a ramp or of a function is not
+            known; these raise a ValueError.
 
-    >>> [round(float(debiased(0.5)(t)), 4) for t in (1, 2, 3)]
-    [0.0, 0.3333, 0.4286]
+    Example:
+        >>> [round(float(debiased(0.5)(t)), 4) for t in (1, 2, 3)]
+        [0.0, 0.3333, 0.4286]
     """
-    inner = _own(decay)
+    inner = as_inner(decay)
     if not inner.exact:
         raise ValueError(
             "decay is a function or a ramp, and debiased needs the product of all decays so far. "
@@ -105,41 +80,62 @@ def debiased(decay: DecayLike) -> Decay:
 
     def over(t, n):
         t = jnp.maximum(t, n)
-        total = inner.over(t, t)  # 0 before `every` has taken its first value
+        total = inner.over(t, t)
+        # 0 before `every` has taken its first value; 0 / 1 then
         return inner.over(t, n) / jnp.where(total > 0, total, 1)
 
-    return Decay(lambda t: over(t, 1), over)
+    return Decay(lambda t: over(t, 1), over, text=call("debiased", inner))
 
 
 def power(gamma: float) -> Decay:
-    """The power-function average of EDM2: update t keeps `((t - 1) / t)**(gamma + 1)`.
+    """Average with a power function as the profile, as in EDM2: scale-free, for any run length.
 
-    The weight of a past value grows as its step to the power `gamma`: the average gets longer as
-    training does. `power(0)` is the plain mean of all values (Polyak averaging, SWA). The first
-    update keeps nothing. Karras et al., arXiv:2312.02696.
+    Update t keeps `((t - 1) / t)**(gamma + 1)`. The weight of a past value grows as its step to the
+    power `gamma`, so the average gets longer as training does. The first update keeps nothing.
+    Karras et al., arXiv:2312.02696.
 
-    >>> [round(float(power(0)(t)), 4) for t in (1, 2, 3, 4)]
-    [0.0, 0.5, 0.6667, 0.75]
+    Args:
+        gamma: A number above -1. `power(0)` is the plain mean of all values (Polyak averaging,
+            SWA). `power(posthoc.gamma(0.1))` has a relative width of 10 %.
+
+    Example:
+        >>> [round(float(power(0)(t)), 4) for t in (1, 2, 3, 4)]
+        [0.0, 0.5, 0.6667, 0.75]
     """
-    check_scalar("gamma", gamma, lambda g: g > -1, "a number above -1")
+    check_scalar("gamma", gamma, *_GAMMA)
+    # in float64: float32(-1 + 1e-9) + 1 is 0, and 0 * log(0) NaN
+    exponent = float(gamma) + 1 if is_concrete(gamma) else number(gamma) + 1
 
     def over(t, n):
-        t, n = _float(t), _float(n)
-        return _power((_float(gamma) + 1) * jnp.log1p(-n / jnp.maximum(t, n)), 1)
+        t, n = number(t), number(n)
+        share = n / jnp.maximum(t, n)
+        partly = share < 1  # else all that there is: log1p(-1) is -infinity
+        log = number(exponent) * jnp.log1p(-jnp.where(partly, share, 0))
+        return jnp.where(partly, together(log, 1), 1)
 
-    return Decay(lambda t: over(t, 1), over)
+    return Decay(lambda t: over(t, 1), over, text=call("power", gamma))
 
 
 def inverse_gamma(
     inv_gamma: float = 1.0, power: float = 2 / 3, minimum: float = 0.0, maximum: float = 0.9999
 ) -> Decay:
-    """The warm-up of diffusion models: `1 - (1 + t / inv_gamma)**-power`, from minimum to maximum.
+    """Warm up as diffusion models do: `1 - (1 + t / inv_gamma)**-power`, between two bounds.
 
-    `power=2/3` reaches 0.999 at 31.6 thousand updates, `power=3/4` at 10 thousand. Crowson's
-    k-diffusion; diffusers' `use_ema_warmup`, timm's `use_warmup`.
+    Crowson's k-diffusion; diffusers' `use_ema_warmup`, timm's `use_warmup`.
 
-    >>> [round(float(inverse_gamma(power=1.0)(t)), 4) for t in (1, 2, 3)]
-    [0.5, 0.6667, 0.75]
+    Args:
+        inv_gamma: The number of updates on which the ramp is measured, above 0.
+        power: The exponent, above 0. With 2/3 the decay is 0.999 after 31.6 thousand updates, with
+            3/4 after 10 thousand.
+        minimum: The least decay, from 0 to 1.
+        maximum: The largest decay, from `minimum` to 1.
+
+    Returns:
+        A decay.
+
+    Example:
+        >>> [round(float(inverse_gamma(power=1.0)(t)), 4) for t in (1, 2, 3)]
+        [0.5, 0.6667, 0.75]
     """
     check_scalar("inv_gamma", inv_gamma, *POSITIVE)
     check_scalar("power", power, *POSITIVE)
@@ -149,160 +145,138 @@ def inverse_gamma(
         raise ValueError(f"minimum={minimum} is above maximum={maximum}. Swap them.")
 
     def rate(t):
-        free = jnp.exp(-_float(power) * jnp.log1p(_float(t) / _float(inv_gamma)))
-        return jnp.clip(free, _float(1 - maximum), _float(1 - minimum))
+        free = jnp.exp(-number(power) * jnp.log1p(number(t) / number(inv_gamma)))
+        return jnp.clip(free, number(1 - maximum), number(1 - minimum))
 
-    return pointwise(rate)
+    return pointwise(rate, call("inverse_gamma", inv_gamma, power, minimum, maximum))
 
 
 def half_life(updates: float) -> Decay:
-    """The decay `0.5**(1 / updates)`: after so many updates a value counts half.
+    """Average with a half-life: after so many updates a value counts half, `0.5**(1 / updates)`.
 
-    Of a half-life in samples or tokens, `half_life(samples / samples_per_update)`; an update of
-    `optax.MultiSteps` has the samples of all its batches. The average is then as long for every
-    batch size and accumulation, and `every` keeps its length.
+    A half-life in samples or tokens has two forms. With batches of one size:
+    `half_life(samples / samples_per_update)`; an update of `optax.MultiSteps` has the samples of
+    all its batches. With batches of changing size: `half_life(samples)` and
+    `update(..., advance=samples_of_this_update)`.
 
-    >>> float(half_life(1)(7)), round(float(half_life(2)(7)) ** 2, 4)
-    (0.5, 0.5)
+    Args:
+        updates: The half-life in updates, above 0.
+
+    Example:
+        >>> float(half_life(1)(7)), round(float(half_life(2)(7)) ** 2, 4)
+        (0.5, 0.5)
     """
-    check_scalar("updates", updates, *POSITIVE)
+    check_scalar("updates", updates, *_HALF_LIFE)
     log = -math.log(2) / updates
-    return Decay(lambda t: _power(log, 1), lambda t, n: _power(log, n))
+    if is_concrete(log):
+        log = max(float(log), LOG_OF_ZERO)
+    return Decay(
+        lambda t: together(log, 1), lambda t, n: together(log, n), text=call("half_life", updates)
+    )
 
 
 def every(n: int, decay: DecayLike) -> Decay:
-    """An average that takes a value every n updates and keeps its length.
+    """Average only every n-th update, and keep the length of the average.
 
-    `decay(t) = 1` except at t = n, 2n, ..., where it is the decay over n updates: `decay**n` for a
-    constant, `((t - n) / t)**(gamma + 1)` for `power`.
+    `decay(t) = 1` except at t = n, 2n, ... There it is the decay over n updates: `decay**n` for a
+    constant, `((t - n) / t)**(gamma + 1)` for `power`. A ramp or a function is taken for constant
+    over the n updates.
 
-    >>> [round(float(every(2, 0.9)(t)), 4) for t in (1, 2, 3, 4)]
-    [1.0, 0.81, 1.0, 0.81]
+    Args:
+        n: A whole number from 1 on. With `update(..., advance=...)` it is in units of that clock:
+            the average is due when t passes a multiple of n.
+        decay: The decay of one update: a number from 0 to 1, or a function of t.
+
+    Example:
+        >>> [round(float(every(2, 0.9)(t)), 4) for t in (1, 2, 3, 4)]
+        [1.0, 0.81, 1.0, 0.81]
     """
     check_scalar("n", n, *whole(1))
     if is_concrete(n):
         n = int(n)  # a float would be rounded beside a large t
         if n == 1:
             return as_decay(decay)
-    inner = _own(decay)
+    inner = as_inner(decay)
 
     def over(t, k):
         last, first = t // n * n, (t - k) // n * n
         return jnp.where(last > first, inner.over(jnp.maximum(last, 1), last - first), 0)
 
-    return Decay(lambda t: over(t, 1), over, inner.exact)
+    return Decay(lambda t: over(t, 1), over, inner.exact, call("every", n, inner))
 
 
 def after(start: int, decay: DecayLike) -> Decay:
-    """Copies for the first `start` updates; then `decay`, whose own t begins at 1.
+    """Start to average later: copy the first `start` updates; then `decay`, its own t from 1 on.
 
     `after(start, power(0))` is SWA: the mean of everything that comes after `start`.
 
-    >>> [round(float(after(2, power(0))(t)), 4) for t in (1, 2, 3, 4, 5)]
-    [0.0, 0.0, 0.0, 0.5, 0.6667]
+    Args:
+        start: A whole number of updates from 0 on.
+        decay: A number from 0 to 1, or a function of t.
+
+    Example:
+        >>> [round(float(after(2, power(0))(t)), 4) for t in (1, 2, 3, 4, 5)]
+        [0.0, 0.0, 0.0, 0.5, 0.6667]
     """
     check_scalar("start", start, *whole(0))
-    inner = _own(decay)
-    copy = lambda t, now: jnp.where(t <= start, 1, now)
+    if is_concrete(start):
+        start = int(start)
+    inner = as_inner(decay)
     own = lambda t, n: jnp.maximum(t - start, n)
-    return Decay(
-        lambda t: copy(t, inner.rate(own(t, 1))),
-        lambda t, n: copy(t - n + 1, inner.over(own(t, n), n)),
-        inner.exact,
-    )
 
+    def rate(t):
+        return jnp.where(t <= start, 1, inner.rate(own(t, 1)))
 
-def _own(decay: DecayLike) -> Decay:
-    """The decay inside one of emaopt's own: a number is what the user wrote, not its float32."""
-    if callable(decay) or not is_concrete(decay):
-        return as_decay(decay)
-    _check_number(decay)
-    kept = float(decay)
-    rate, log = 1 - kept, math.log(kept) if kept else -math.inf
-    return Decay(lambda t: _float(rate), lambda t, n: _power(log, n))
+    def over(t, n):
+        return jnp.where(t - n + 1 <= start, 1, inner.over(own(t, n), n))
 
-
-def pointwise(rate: Callable) -> Decay:
-    """A decay of which only the rates are known, not their product over many updates."""
-    return Decay(rate, lambda t, n: _power(jnp.log1p(-rate(t)), n), exact=False)
-
-
-def _power(log, n):
-    """1 - exp(log)**n, without the subtraction."""
-    return -jnp.expm1(_float(n) * _float(log))
-
-
-def _float(x):
-    """In JAX's own precision: float32, or float64 where the user enabled it."""
-    return jnp.asarray(x).astype(float)
-
-
-def _check_number(decay: Any) -> None:
-    check_scalar("decay", decay, *SHARE)
-    dtype = jnp.dtype(getattr(decay, "dtype", jnp.float32))
-    rounded = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-    if rounded and is_concrete(decay) and decay == 1:
-        raise ValueError(
-            f"decay={decay} has dtype {dtype}, in which 0.9999 is 1: the average would never move. "
-            "Pass a Python number; in optax.inject_hyperparams, hyperparam_dtype=jnp.float32."
-        )
-
-
-def _check_function(decay: Callable) -> None:
-    """Try a function of the user's at small and large t, and under a trace."""
-    try:
-        value = jax.eval_shape(decay, jax.ShapeDtypeStruct((), jnp.int32))
-    except jax.errors.JAXTypeError as error:
-        raise ValueError(
-            "decay is a function that looks at the value of t in Python, so it cannot be jitted. "
-            "Use jax.numpy: jnp.where(t < ..., a, b) instead of `if`."
-        ) from error
-    except TypeError as error:
-        raise ValueError(
-            f"decay={decay!r} is a function that does not make a number of t. Pass a number or a "
-            "function of t; call those of emaopt first: warmup(0.999)."
-        ) from error
-    if getattr(value, "shape", None) != ():
-        raise ValueError(f"decay(t) is {value}, not a scalar. Return a number from 0 to 1.")
-    for t in (1, 2, 3, 10, 100, 1000, 10**4, 10**5, 10**6):
-        with jax.ensure_compile_time_eval():
-            value = decay(jnp.int32(t))
-        if not is_concrete(value):
-            return
-        if not 0 <= float(value) <= 1:
-            raise ValueError(f"decay(t) is {float(value)} at t={t}. Return a number from 0 to 1.")
+    return Decay(rate, over, inner.exact, call("after", start, inner))
 
 
 def gamma(sigma_rel: float) -> float:
-    """The exponent of the power average whose profile has this relative standard deviation.
+    """Return the exponent of the power average whose profile has this relative width.
 
-    The root of `sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3))`, for sigma_rel above 0
-    and at most 1/sqrt(12), the plain mean's. Karras et al., arXiv:2312.02696.
+    It is the root of `sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3))`. Karras et al.,
+    arXiv:2312.02696.
 
-    >>> round(gamma(0.05), 4), round(gamma(0.10), 4)
-    (16.9722, 6.9372)
+    Args:
+        sigma_rel: The standard deviation of the profile as a share of the training so far: above 0
+            and at most 1/sqrt(12), the plain mean's.
+
+    Example:
+        >>> round(gamma(0.05), 4), round(gamma(0.10), 4)
+        (16.9722, 6.9372)
     """
     bound = 12**-0.5
+    # the last digit of 12**-0.5 may be computed in another way
     fine = lambda s: (s > 0) & (s <= bound * (1 + 1e-15))
-    check_scalar(
-        "sigma_rel", sigma_rel, fine, f"a number above 0, at most 1/sqrt(12) = {bound:.4f}"
-    )
+    wanted = f"a number above 0, at most 1/sqrt(12) = {bound:.4f}"
+    check_scalar("sigma_rel", sigma_rel, fine, wanted)
     s, v = float(sigma_rel), 1.0
-    # with v = sigma_rel * (gamma + 2), v**3 + s*v**2 - v + s = 0; Newton from above the top root
-    while (lower := v - (v**3 + s * v**2 - v + s) / (3 * v**2 + 2 * s * v - 1)) < v:
+    # With v = sigma_rel * (gamma + 2) the equation is v**3 + s*v**2 - v + s = 0. Newton's method
+    # from above falls to its largest root, and stops when it falls no further.
+    while True:
+        value = v**3 + s * v**2 - v + s
+        slope = 3 * v**2 + 2 * s * v - 1
+        lower = v - value / slope
+        if lower >= v:
+            return max(v / s - 2, 0.0)
         v = lower
-    return max(v / s - 2, 0.0)
 
 
 def sigma_rel(gamma: float) -> float:
-    """The relative standard deviation of the profile of a power average.
+    """Return the relative width of the profile of a power average.
 
-    `sqrt((gamma + 1) / ((gamma + 2)**2 * (gamma + 3)))`: the width of its weights, as a share of
-    the training so far. Karras et al., arXiv:2312.02696.
+    `sqrt((gamma + 1) / ((gamma + 2)**2 * (gamma + 3)))`: its standard deviation as a share of the
+    training so far. Karras et al., arXiv:2312.02696.
 
-    >>> round(18 * sigma_rel(1) ** 2, 12)
-    1.0
+    Args:
+        gamma: The exponent, a number above -1.
+
+    Example:
+        >>> round(18 * sigma_rel(1) ** 2, 12)
+        1.0
     """
-    check_scalar("gamma", gamma, lambda g: (g > -1) & (g < math.inf), "a number above -1")
+    check_scalar("gamma", gamma, *_GAMMA)
     g = float(gamma)
     return math.sqrt((g + 1) / (g + 3)) / (g + 2)

@@ -1,7 +1,7 @@
 """The average of the parameters: one core, any decay.
 
 `shadow -= (shadow - value) * rate`, `rate = 1 - decay(t)`, t = 1, 2, ... This form leaves a
-constant value bitwise constant, and the rate near 0 keeps its precision (see `_schedules`).
+constant value bitwise constant, and the rate near 0 keeps its precision (see `decay`).
 `moving_average` is that core over any pytree; `ema` lifts it into an `optax.chain`.
 """
 
@@ -20,7 +20,7 @@ from emaopt._tree.leaves import apply_update, tree_map, zip_leaves
 from emaopt._tree.numbers import is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
-from .decays import DecayLike, as_decay
+from .decay import DecayLike, as_decay
 from .ledger import record, start as start_ledger
 from .rounding import Draw, Rounding, Stored, as_rounding, widen
 

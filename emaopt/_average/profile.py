@@ -1,35 +1,57 @@
-"""The weights that an average gives to each past value: its profile."""
+"""The profile of an average: the weights that it gives to each past value."""
 
 import jax
 import numpy as np
 
 from emaopt._tree.checks import check_scalar, whole
 
-from .decays import DecayLike, as_decay
+from .decay import DecayLike, as_decay
 
 
 def profile(decay: DecayLike, t: int) -> np.ndarray:
-    """The weights of an average after t updates: float64 [t + 1], which sum to 1.
+    """Return the weights that an average gives to each past value after t updates.
 
-    Index 0 is the initial value, index s the value of update s: what it took, and what each later
-    update kept of that, `rate(s) * decay(s + 1) * ... * decay(t)`, from the rates that the average
-    computes with. On the host; t = 10**6 takes less than a second.
+    The weight of value s is `rate(s) * decay(s + 1) * ... * decay(t)`: what update s took of it,
+    times what each later update kept. The rates are those that the average computes with. It is
+    computed on the host; t = 10**6 takes less than a second.
 
-    >>> profile(0.5, 3).tolist()
-    [0.125, 0.125, 0.25, 0.5]
+    Draw it with `matplotlib.pyplot.plot(emaopt.profile(decay, 1000))`.
+
+    Args:
+        decay: A number from 0 to 1, or a function of t.
+        t: The number of updates, a whole number from 0 on.
+
+    Returns:
+        float64 [t + 1], with the sum 1. Index 0 is the initial value, index s the value of
+        update s.
+
+    Example:
+        >>> profile(0.5, 3).tolist()
+        [0.125, 0.125, 0.25, 0.5]
     """
     check_scalar("t", t, *whole(0))
     return shares(rates(decay, int(t)))
 
 
 def rates(decay: DecayLike, t: int) -> np.ndarray:
-    """What each of the updates 1, ..., t takes from its value: float64 [t]."""
-    # of a power of 2, so that most lengths find what was compiled for another
-    updates = np.arange(1, 2 ** max(t - 1, 0).bit_length() + 1, dtype=np.int32)
-    return np.clip(np.asarray(jax.vmap(as_decay(decay).rate)(updates), np.float64)[:t], 0, 1)
+    """Return the rate of each of the updates 1, ..., t: float64 [t]."""
+    # a power of 2, so that most lengths find what was compiled for another length
+    length = 2 ** max(t - 1, 0).bit_length()
+    updates = np.arange(1, length + 1, dtype=np.int32)
+    found = jax.vmap(as_decay(decay).rate)(updates)
+    return np.clip(np.asarray(found, np.float64)[:t], 0, 1)
 
 
-def shares(taken: np.ndarray) -> np.ndarray:
-    """After updates that took so much, the weights: of what was before, and of each update."""
-    left = np.cumprod(np.append(1 - taken, 1)[::-1])[::-1]  # by the updates from s + 1 on
-    return np.append(1, taken) * left
+def shares(rates: np.ndarray) -> np.ndarray:
+    """Return the weights after updates with these rates: of the value before, and of each update.
+
+    Args:
+        rates: float64 [updates].
+
+    Returns:
+        float64 [updates + 1], with the sum 1.
+    """
+    kept_by_each = np.append(1 - rates, 1)
+    kept_by_later_ones = np.cumprod(kept_by_each[::-1])[::-1]
+    taken = np.append(1, rates)
+    return taken * kept_by_later_ones

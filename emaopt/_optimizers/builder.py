@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from emaopt._average.decays import Decay  # to word one error: a decay is no learning rate
+from emaopt._average.decay import Decay  # to word one error: a decay is no learning rate
 from emaopt._tree.checks import (
     FINITE,
     NOT_NEGATIVE,

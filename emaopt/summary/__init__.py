@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey
 
-from emaopt._average.decays import DecayLike, as_decay
+from emaopt._average.decay import DecayLike, as_decay
 from emaopt._average.find import average, averages, ledgers
 from emaopt._names import global_step
 from emaopt._optimizers.builder import OptimizerState

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emaopt._average.decays import as_decay, debiased, gamma, half_life, sigma_rel, warmup
+from emaopt._average.decay import as_decay
+from emaopt._average.decays import debiased, gamma, half_life, sigma_rel, warmup
 from emaopt._average.profile import shares
 from emaopt.posthoc._fit import Average, rates_of
 

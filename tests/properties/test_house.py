@@ -39,9 +39,11 @@ ROOMS = {
 # inside a folder: its floors, ground floor first; a file may import those of the floors below
 FLOORS = {
     "_tree": "paths numbers | leaves devices | checks | packing tables | rows",
-    "_average": "decays rounding | profile ledger | ema | find healing statistics | feedback host",
+    "_average": "decay rounding | decays profile ledger | ema | find healing statistics"
+    " | feedback host",
     "_optimizers": "numerics | builder clip learning_rate steps | rules",
     "checkpoint": "_errors _leaf _digest _run | _contents | _stored | _items | __init__",
+    "presets": "_common | _tensorflow _pytorch _jax | __init__",
     "posthoc": "_fit _sum | __init__",
     "tf1": "_rename | _files | __init__",
     "summary": "_graph _histogram | _writer | __init__",

@@ -15,7 +15,6 @@ import emaopt
 HOUSE = Path(emaopt.__file__).parent
 FILES = {path.parent.name: path for path in HOUSE.glob("*/__init__.py")} | {
     "emaopt": HOUSE / "__init__.py",
-    "presets": HOUSE / "presets.py",
 }
 USED = {
     ast.unparse(node)

@@ -27,7 +27,7 @@ PRESETS = {
     name: value
     for name, value in vars(presets).items()
     if inspect.isfunction(value)
-    and value.__module__ == presets.__name__
+    and value.__module__.startswith(presets.__name__)
     and not name.startswith("_")
 }
 PEERS = ("diffusers", "ema_pytorch", "flax", "keras", "timm", "torch")

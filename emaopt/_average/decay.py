@@ -1,0 +1,212 @@
+"""What a decay is: a function of t, the number of updates with this one.
+
+Two kinds of functions depend on the step. They count differently:
+
+* A *schedule* gives a learning rate. It sees the number of updates before this one: 0, 1, 2, ...
+  This is the convention of Optax and of TF1. See `emaopt._optimizers.learning_rate`.
+* A *decay* gives the share of an average that one update keeps. It sees the number of updates with
+  this one: t = 1, 2, 3, ...
+
+An average computes with the *rate*, `1 - decay`. Near a decay of 1 the subtraction loses all digits
+in float32: `1 - (1 - 1/t)` is wrong by 19 % at t = 1e7. So every decay of emaopt is a `Decay`,
+which is made from its rate. A number is a constant decay. Any other function `t -> decay` is one
+too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emaopt._tree.checks import SHARE, check, check_scalar
+from emaopt._tree.numbers import is_concrete, scalar
+
+
+# The logarithm of a decay of 0, in place of -infinity: exp of it is 0 in float64 too, and no
+# product with a number of updates is infinite or NaN (0 * infinity), which jax_debug_infs reports.
+LOG_OF_ZERO = -1e4
+_COUNTED = (
+    "the number of updates with this one, 1 or more. Optax's schedules count from 0: a decay in "
+    'optax.inject_hyperparams needs static_args="decay". To start later: emaopt.after(n, decay)'
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Decay:
+    """A decay that is made from its rate: `decay(t) = 1 - rate(t)`.
+
+    Args:
+        rate: A function of t, the number of updates with this one (1, 2, ...). It returns the share
+            of the new value in the average, from 0 to 1.
+        over: A function of t and n. It returns the rate of the n updates that end at t taken
+            together: `1 - decay(t) * decay(t - 1) * ... * decay(t - n + 1)`. From it follow
+            `every`, `after`, `debiased` and `update(..., advance=n)`.
+        exact: False if `over` is an approximation that takes the decay for constant over the n
+            updates.
+        text: What `repr` shows.
+
+    Example:
+        >>> mean = Decay(lambda t: 1 / t, lambda t, n: n / t)
+        >>> mean(4)
+        0.75
+    """
+
+    rate: Callable[[Any], Any]
+    over: Callable[[Any, Any], Any]
+    exact: bool = True
+    text: str = ""
+
+    def __call__(self, t: Any) -> Any:
+        check("t", t, lambda t: t >= 1, _COUNTED)
+        return 1 - self.rate(t)
+
+    def __repr__(self) -> str:
+        return self.text or f"Decay(rate={show(self.rate)})"
+
+
+DecayLike = float | jax.Array | Callable[[Any], Any]
+
+
+def as_decay(decay: DecayLike) -> Decay:
+    """Return the `Decay` that a user's argument stands for.
+
+    A number or a function of the user's is in TF1's float32 arithmetic: `1 - float32(decay)`.
+    """
+    if isinstance(decay, Decay):
+        if not decay.text:
+            _check_function("the rate of decay", decay.rate, show(decay))
+        return decay
+    if callable(decay):
+        _check_function("decay", decay, show(decay))
+        rate = lambda t: 1 - jnp.asarray(decay(t)).astype(jnp.float32)
+        return pointwise(rate, show(decay))
+    _check_number(decay)
+    if is_concrete(decay) and decay < 1 and np.float32(decay) == 1:
+        raise ValueError(
+            f"decay={decay} is 1 in float32: the average would never move. Pass emaopt.half_life("
+            f"{math.log(0.5) / math.log(float(decay)):.4g}), which keeps 1 - decay exact."
+        )
+    rate = 1 - scalar(decay, jnp.float32)
+    return Decay(lambda t: rate, lambda t, n: together(_log(rate), n), text=show(decay))
+
+
+def as_inner(decay: DecayLike) -> Decay:
+    """Return the `Decay` of an argument of one of emaopt's decays, as exact as the user wrote it.
+
+    A number is rounded to float32 only as a rate: `1 - decay` is computed in float64.
+    """
+    if callable(decay) or not is_concrete(decay):
+        return as_decay(decay)
+    _check_number(decay)
+    kept = float(decay)
+    rate, log = 1 - kept, max(math.log(kept), LOG_OF_ZERO) if kept else LOG_OF_ZERO
+    return Decay(lambda t: number(rate), lambda t, n: together(log, n), text=show(decay))
+
+
+def pointwise(rate: Callable[[Any], Any], text: str) -> Decay:
+    """Return a decay of which each rate is known, but not the product over many updates.
+
+    Over n updates it takes the last decay for constant.
+    """
+    return Decay(rate, lambda t, n: together(_log(rate(t)), n), exact=False, text=text)
+
+
+def rate_of_step(decay: Decay, t: Any, advance: Any) -> Any:
+    """Return the rate of an update that moves t forward by `advance`, to t.
+
+    An advance of 0 takes nothing. With the number 1 it is `decay.rate(t)`, bit for bit.
+    """
+    if is_concrete(advance) and advance == 1:
+        return decay.rate(t)
+    n = jnp.maximum(advance, 1)
+    return jnp.where(advance > 0, decay.over(jnp.maximum(t, n), n), 0)
+
+
+def together(log: Any, n: Any) -> jax.Array:
+    """Return `1 - exp(log)**n`, the rate of n updates, without a subtraction that loses digits."""
+    return -jnp.expm1(number(n) * number(log))
+
+
+def number(x: Any) -> jax.Array:
+    """Return x in JAX's own precision: float32, or float64 where the user enabled it."""
+    return jnp.asarray(x).astype(float)
+
+
+def show(x: Any) -> str:
+    """Return the text of an argument in `repr`."""
+    if isinstance(x, Decay):
+        return repr(x)
+    if callable(x):
+        return getattr(x, "__name__", type(x).__name__)
+    return str(x) if is_concrete(x) else "<traced>"
+
+
+def call(name: str, *arguments: Any) -> str:
+    """Return the text of a call: `call("every", 10, 0.9)` is "every(10, 0.9)"."""
+    return f"{name}({', '.join(map(show, arguments))})"
+
+
+def _log(rate: Any) -> jax.Array:
+    """Return log(1 - rate), and `LOG_OF_ZERO` for a rate of 1."""
+    copies = rate >= 1
+    return jnp.where(copies, LOG_OF_ZERO, jnp.log1p(-jnp.where(copies, 0, rate)))
+
+
+def _check_number(decay: Any) -> None:
+    """Raise unless a constant decay is from 0 to 1 and is not 1 by rounding alone."""
+    check_scalar("decay", decay, *SHARE)
+    if not is_concrete(decay):
+        return
+    dtype = jnp.dtype(getattr(decay, "dtype", jnp.float32))
+    if _is_16_bit(dtype) and decay == 1:
+        raise ValueError(
+            f"decay={decay} has dtype {dtype}, in which 0.9999 is 1: the average would never move. "
+            "Pass a Python number; in optax.inject_hyperparams, hyperparam_dtype=jnp.float32."
+        )
+
+
+def _is_16_bit(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+
+
+def _check_function(name: str, function: Callable[[Any], Any], text: str) -> None:
+    """Try a function of the user's at small and large t, and under a trace."""
+    try:
+        value = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+    except jax.errors.JAXTypeError as error:
+        raise ValueError(
+            f"{name} is a function that looks at the value of t in Python, so it cannot be jitted. "
+            "Use jax.numpy: jnp.where(t < ..., a, b) instead of `if`."
+        ) from error
+    except TypeError as error:
+        raise ValueError(
+            f"decay={text} is a function that does not make a number of t. Pass a number or a "
+            "function of t; call those of emaopt first: warmup(0.999)."
+        ) from error
+    if getattr(value, "shape", None) != ():
+        raise ValueError(f"{name}(t) is {value}, not a scalar. Return a number from 0 to 1.")
+    found = []
+    for t in (1, 2, 3, 10, 100, 1000, 10**4, 10**5, 10**6):
+        with jax.ensure_compile_time_eval():
+            one = function(jnp.int32(t))
+        if not is_concrete(one):
+            return
+        if not 0 <= float(one) <= 1:
+            raise ValueError(f"{name}(t) is {float(one)} at t={t}. Return a number from 0 to 1.")
+        found.append(one)
+    if name == "decay":
+        _check_moves(found, value.dtype)
+
+
+def _check_moves(found: list[Any], dtype: Any) -> None:
+    """Raise if a function that means less than 1 is 1 in its dtype, everywhere it was tried."""
+    means_less = _is_16_bit(dtype) or any(float(one) < 1 for one in found)
+    if means_less and all(np.float32(one) == 1 for one in found):
+        raise ValueError(
+            f"decay(t) has dtype {dtype} and is rounded to 1: the average would never move. Return "
+            "float32, or pass emaopt.Decay(rate, over), which is made from 1 - decay."
+        )
