@@ -138,6 +138,12 @@ def failures(path: str, params: Params) -> Params:
         raise SystemExit(str(error)) from error
 
 
+def tables(params: Params, ids: jax.Array) -> Params:
+    view = {"table": assert_type(emaopt.rows(ids, size=8), emaopt.Rows)}
+    small = emaopt.take(params, view)
+    return emaopt.put(params, small, view)
+
+
 def names(params: Params, opt_state: optax.OptState) -> None:
     print(emaopt.names(opt_state), emaopt.slot(opt_state, "m"))
     assert_type(emaopt.slot_names(opt_state), list[str])
