@@ -46,6 +46,7 @@ from ._average.find import (
     average as average,
     averages as averages,
     ledgers as ledgers,
+    reset as reset,
     stacked as stacked,
     swap as swap,
 )

@@ -124,10 +124,13 @@ def moving_average(
 
 
 def start_leaf(name: str, x: Any, rounding: Rounding) -> Stored:
-    """Return a copy of a value as the average starts with it."""
+    """Return a copy of a value as the average starts with it; of an abstract one, what it is."""
     if x is None:
         return Stored(None)
     check_array(name, x, "params")
+    if isinstance(x, jax.ShapeDtypeStruct):
+        stored = jax.eval_shape(lambda x: start_leaf(name, x, rounding), x)
+        return jax.tree.map(lambda s: s.update(sharding=x.sharding), stored)
     x = jnp.asarray(x)
     if not is_inexact(x):
         return Stored(jnp.copy(x))

@@ -1,166 +1,276 @@
 """The averages in a state, whatever optax wrapped around them.
 
-`averages` finds them by name, `average` is what to evaluate with, `stacked` several of them;
-`swap` exchanges them with the parameters, `ledgers` says how long they are. Leaves are matched by
-key path.
+`averages` finds them by name. `average` returns what to evaluate with, `stacked` several averages
+in one tree. `swap` exchanges an average with the parameters, `reset` starts it again, `ledgers`
+tells how long it is.
+
+Who owns the arrays: `average` and `stacked` return copies, which no later step can delete, even if
+it donates parameters and state. Inside `jit` nothing is copied. `swap` copies nothing: the arrays
+change places.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from emaopt._tree.checks import check_array, check_shape, did_you_mean
-from emaopt._tree.devices import in_memory
+from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import by_path, from_paths
-from emaopt._tree.paths import KeyPath, Params, State, Tree, called, key_name, shared_paths
+from emaopt._tree.numbers import is_concrete
+from emaopt._tree.paths import KeyPath, Params, State, Tree
 
-from .ema import EmaState, SwappedEmaState
-from .rounding import Stored
-
-
-class _AmbiguousError(ValueError):
-    """A leaf has several averages, and no name says which one is meant."""
-
-
-def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
-    """The averaged parameters, to evaluate with: like `params`, in the dtypes of `params`.
-
-    A leaf that has no average is that of `params`: one that `optax.masked` left out, or what else
-    is in a whole NNX or Equinox model (docs/frameworks.md). With several averages in the state,
-    `name` is one of the keys of `averages(opt_state)`. TF1's `ema.average`.
-
-    >>> import emaopt
-    >>> state = emaopt.ema(0.5).init({"w": jnp.array([1.0])})
-    >>> average({"w": jnp.array([3.0])}, state)
-    {'w': Array([1.], dtype=float32)}
-    """
-    if any(isinstance(state, SwappedEmaState) for state in _choose(opt_state, name).values()):
-        raise ValueError(
-            "opt_state is swapped: the averages are in params. Evaluate params, or call "
-            "params, opt_state = emaopt.swap(params, opt_state) first."
-        )
-    stored = _stored_of_each_leaf(params, opt_state, name)
-    leaves = by_path(params)
-    return from_paths(params, {path: _value(p, *stored[path]) for path, p in leaves.items()})
-
-
-def _value(p, shadow, residue):
-    if shadow is None:
-        return p
-    value = jax.tree.map(in_memory, Stored(shadow, residue)).value()
-    dtype = jnp.result_type(p)
-    return value if value.dtype == dtype else value.astype(dtype)  # a key has no astype
-
-
-def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Params, State]:
-    """The parameters and their average exchanged: `(averages, opt_state with the parameters)`.
-
-    Nothing is computed or rounded: arrays (also abstract ones) change places, so swapping twice
-    gives back the same arrays. Leaves without an average stay. The swapped average is marked, so
-    that it cannot be trained on by accident (`SwappedEmaState`). To save the averages under the
-    original names, save what `swap` returns; to go on training, load it and swap again. TF1's
-    `MovingAverageOptimizer.swapping_saver`.
-
-    >>> import emaopt
-    >>> state = emaopt.ema(0.5).init(jnp.array([1.0]))
-    >>> averages_, swapped = swap(jnp.array([3.0]), state)
-    >>> averages_, swapped.shadow
-    (Array([1.], dtype=float32), Array([3.], dtype=float32))
-    """
-    stored = _stored_of_each_leaf(params, opt_state, name)
-    leaves = by_path(params)
-    shadows = {path: shadow for path, (shadow, _) in stored.items() if shadow is not None}
-    exchanged = from_paths(params, leaves | shadows)
-    chosen = _choose(opt_state, name)
-
-    def exchange(state: EmaState | SwappedEmaState) -> EmaState | SwappedEmaState:
-        own = by_path(state.shadow)
-        shadow = from_paths(
-            state.shadow, {path: s if s is None else leaves[path] for path, s in own.items()}
-        )
-        fields = state.step, shadow, state.residue, state.ledger
-        return EmaState(*fields) if isinstance(state, SwappedEmaState) else SwappedEmaState(*fields)
-
-    return exchanged, jax.tree.map(
-        lambda node: exchange(node) if any(node is state for state in chosen.values()) else node,
-        opt_state,
-        is_leaf=_is_ema,
-    )
+from .ema import EmaState, SwappedEmaState, start_leaf
+from .ledger import start as start_ledger
+from .match import Match, choose, find, match, replace
+from .rounding import Compensated, Nearest, Stored
 
 
 def averages(opt_state: Tree) -> dict[str, EmaState]:
-    """Every average in the state, by name.
+    """Return every average in the state, by name.
 
     The name is the one given in `optax.named_chain` or `optax.partition`, or the position in the
-    chain: dict keys and positions on the way, joined with a slash; the wrappers' own fields are
-    left out. An average that stands alone is named "ema".
+    chain: dict keys and positions on the way, joined with a slash. The fields of wrappers
+    (`inner_state`) are left out, unless two names would be the same. An average that stands alone
+    is named "ema".
 
     >>> import emaopt, optax
     >>> tx = optax.named_chain(("fast", emaopt.ema(0.9)), ("slow", emaopt.ema(0.99)))
     >>> list(averages(tx.init(jnp.zeros(2))))
     ['fast', 'slow']
     """
-    found = [
-        (keys, node)
-        for keys, node in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_ema)[0]
-        if _is_ema(node)
-    ]
-    named = [
-        "/".join(key_name(k) for k in keys if not isinstance(k, jax.tree_util.GetAttrKey)) or "ema"
-        for keys, _ in found
-    ]
-    return {
-        short if named.count(short) == 1 else "/".join(map(key_name, keys)): state
-        for short, (keys, state) in zip(named, found, strict=True)
-    }
+    return {name: found.state for name, found in find(opt_state).items()}
 
 
 def average_paths(opt_state: Tree) -> list[KeyPath]:
     """Return the whole key path of every average in the state, in the order of `averages`."""
-    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_ema)[0]
-    return [tuple(map(key_name, keys)) for keys, node in nodes if _is_ema(node)]
+    return [found.path for found in find(opt_state).values()]
+
+
+def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
+    """Return the averaged parameters, to evaluate with and to keep. TF1's `ema.average`.
+
+    Leaves without an average (masked out, or the non-parameters of a whole NNX or Equinox model)
+    are those of `params`.
+
+    The result is yours: its arrays are copies, so a later step that donates `params` or `opt_state`
+    does not delete them. Keep the best averages, build a model of them, or train on from them.
+    Inside `jit` nothing is copied.
+
+    Args:
+        params: the parameters that `tx.init` was given, or a model that contains them. Of several
+            networks with a state each: a tree of their parameters.
+        opt_state: the state that holds the average, whatever optax wrapped around it. Of several
+            networks: a tree of their states, with the keys of `params`.
+        name: which average, if a leaf has several: a key of `averages(opt_state)`, or some of its
+            steps in a row.
+
+    Returns:
+        A tree like `params`, in the dtypes of `params`.
+
+    Raises:
+        ValueError: there is no average, or several and no name, or `params` does not belong to it,
+            or `opt_state` is swapped.
+
+    Example:
+        >>> import emaopt
+        >>> state = emaopt.ema(0.5).init({"w": jnp.array([1.0])})
+        >>> average({"w": jnp.array([3.0])}, state)
+        {'w': Array([1.], dtype=float32)}
+    """
+    matched = _match_unswapped(params, opt_state, name)
+    values = {path: _owned(p, matched.stored[path]) for path, p in matched.leaves.items()}
+    return from_paths(params, values)
 
 
 def stacked(params: Params, opt_state: Tree, names: Iterable[str] | None = None) -> Params:
-    """Several averages in one tree, each leaf with a leading axis: one average after the other.
+    """Return several averages in one tree, each leaf with a leading axis, one row per average.
 
-    In the order of `names`, by default of `averages(opt_state)`, and in the dtypes of `params`: to
-    evaluate all at once with `jax.vmap(evaluate)`. A leaf without an average is repeated.
+    To evaluate all of them at once with `jax.vmap(evaluate)`. The result is yours, as that of
+    `average` is. A leaf without an average is repeated.
 
-    >>> import emaopt, optax
-    >>> tx = optax.named_chain(("fast", emaopt.ema(0.5)), ("slow", emaopt.ema(0.75)))
-    >>> params = jnp.array([0.0])
-    >>> _, opt_state = tx.update(jnp.array([8.0]), tx.init(params), params)
-    >>> print(stacked(params, opt_state))
-    [[4.]
-     [2.]]
+    Args:
+        params: the parameters, as for `average`.
+        opt_state: the state that holds the averages, as for `average`.
+        names: which averages, in this order; by default all of `averages(opt_state)`.
+
+    Returns:
+        A tree like `params`, in the dtypes of `params`, each leaf of shape `[averages, ...]`.
+
+    Raises:
+        ValueError: `names` is one string or empty; or as `average`.
+
+    Example:
+        >>> import emaopt, optax
+        >>> tx = optax.named_chain(("fast", emaopt.ema(0.5)), ("slow", emaopt.ema(0.75)))
+        >>> params = jnp.array([0.0])
+        >>> _, opt_state = tx.update(jnp.array([8.0]), tx.init(params), params)
+        >>> print(stacked(params, opt_state))
+        [[4.]
+         [2.]]
     """
     if isinstance(names, str):
         raise ValueError(f"names={names!r} is one string. Pass a list of names.")
-    names = list(_choose(opt_state, None) if names is None else names)
+    names = list(choose(opt_state, None) if names is None else names)
     if not names:
         raise ValueError("names is empty. Pass keys of emaopt.averages(opt_state), or None.")
-    each = [average(params, opt_state, name) for name in names]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    each = [_match_unswapped(params, opt_state, name) for name in names]
+    values = {
+        path: jnp.stack([_value(p, matched.stored[path]) for matched in each])
+        for path, p in each[0].leaves.items()
+        if p is not None
+    }
+    return from_paths(params, dict.fromkeys(each[0].leaves) | values)
+
+
+def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Params, State]:
+    """Exchange the parameters and their average: `(averages, opt_state with the parameters)`.
+
+    Nothing is computed, rounded or copied: arrays (also abstract ones) change places. So swapping
+    twice gives back the same arrays. Leaves without an average stay. To save the averages under the
+    original names, save what `swap` returns; to go on training, load it and swap again. TF1's
+    `MovingAverageOptimizer.swapping_saver`.
+
+    The arrays that are returned are those that were passed. A step that donates the ones deletes
+    the others. For averages to keep, use `average`.
+
+    The swapped average is marked (`SwappedEmaState`), so that training on it is an error.
+
+    Args:
+        params: the parameters, as for `average`.
+        opt_state: the state that holds the average, as for `average`.
+        name: which average, if a leaf has several, as for `average`.
+
+    Returns:
+        A tree like `params` with the averages, and the state with the parameters in their place.
+
+    Raises:
+        ValueError: there is no average, or several and no name, or `params` does not belong to it.
+
+    Example:
+        >>> import emaopt
+        >>> state = emaopt.ema(0.5).init(jnp.array([1.0]))
+        >>> averages_, swapped = swap(jnp.array([3.0]), state)
+        >>> averages_, swapped.shadow
+        (Array([1.], dtype=float32), Array([3.], dtype=float32))
+    """
+    matched = match(params, opt_state, name)
+    shadows = {path: x.shadow for path, x in matched.stored.items() if x.shadow is not None}
+    new = {}
+    for found, part in zip(matched.averages, matched.parts, strict=True):
+        raw = {
+            path: None if x is None else matched.leaves[(*part, *path)]
+            for path, x in by_path(found.state.shadow).items()
+        }
+        fields = {field: getattr(found.state, field) for field in EmaState._fields}
+        fields["shadow"] = from_paths(found.state.shadow, raw)
+        kind = EmaState if isinstance(found.state, SwappedEmaState) else SwappedEmaState
+        new[found.path] = kind(**fields)
+    return from_paths(params, matched.leaves | shadows), replace(opt_state, new)
+
+
+def reset(params: Tree, opt_state: State, name: str | None = None) -> State:
+    """Start an average again from the parameters, as `init` does: a copy of `params` at step 0.
+
+    For a new phase of training: after a warm-up, a change of the data or of the learning rate. It
+    works through any wrapper (`optax.MultiSteps`, `masked`, `named_chain`, `apply_if_finite`,
+    `heal`, packed parameters) and inside `jit`. All else in the state stays.
+
+    Args:
+        params: the parameters, as for `average`.
+        opt_state: the state that holds the average, as for `average`.
+        name: which average, if a leaf has several, as for `average`.
+
+    Returns:
+        The state with the average started again, in the dtypes and the memory of the old one.
+
+    Raises:
+        ValueError: as `average`.
+
+    Example:
+        >>> import emaopt
+        >>> state = emaopt.ema(0.5).init(jnp.array([1.0]))
+        >>> average(jnp.array([3.0]), reset(jnp.array([3.0]), state))
+        Array([3.], dtype=float32)
+    """
+    matched = _match_unswapped(params, opt_state, name)
+    new = {}
+    for found, part in zip(matched.averages, matched.parts, strict=True):
+        shadow = by_path(found.state.shadow)
+        values = {path: matched.leaves.get((*part, *path)) for path in shadow}
+        new[found.path] = _restarted(found.state, values)
+    return replace(opt_state, new)
+
+
+def _restarted(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
+    """Return an average of these values alone, stored as the average was."""
+    rounding = Nearest if state.residue is None else Compensated
+    leaves = {}
+    for path, old in by_path(state.shadow).items():
+        if old is None:
+            leaves[path] = Stored(None)
+        else:
+            leaves[path] = start_leaf("/".join(path), values[path], rounding(old.dtype))
+    shadow = from_paths(state.shadow, {path: leaf.shadow for path, leaf in leaves.items()})
+    residue = state.residue
+    if residue is not None:
+        residue = from_paths(residue, {path: leaf.residue for path, leaf in leaves.items()})
+    ledger = None if state.ledger is None else start_ledger()
+    step, ledger = jax.tree.map(
+        lambda x: beside(state.shadow, x), (jnp.zeros_like(state.step), ledger)
+    )
+    new = state._replace(step=step, shadow=shadow, residue=residue, ledger=ledger)
+    return jax.tree.map(stay, state, new)
+
+
+def _match_unswapped(params: Tree, opt_state: Tree, name: str | None) -> Match:
+    chosen = choose(opt_state, name).values()
+    if any(isinstance(found.state, SwappedEmaState) for found in chosen):
+        raise ValueError(
+            "opt_state is swapped: the averages are in params. Evaluate params, or call "
+            "params, opt_state = emaopt.swap(params, opt_state) first."
+        )
+    return match(params, opt_state, name)
+
+
+def _owned(p: Any, stored: Stored) -> Any:
+    """Return one leaf of the averages, in no memory that a donated state or parameter has."""
+    x = _value(p, stored)
+    is_theirs = x is p or x is stored.shadow
+    return jnp.copy(x) if is_theirs and isinstance(x, jax.Array) and is_concrete(x) else x
+
+
+def _value(p: Any, stored: Stored) -> Any:
+    """Return one leaf of the averages, in the dtype of the parameter."""
+    if stored.shadow is None:
+        return p
+    value = jax.tree.map(in_memory, stored).value()
+    dtype = jnp.result_type(p)
+    return value if value.dtype == dtype else value.astype(dtype)  # a key has no astype
 
 
 def ledgers(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
-    """What is known of every average that keeps a ledger, by name: numbers, float32 [].
+    """Return how long every average with a ledger is, by name: numbers, float32 [].
 
-    `initial_weight`: what the initial parameters still count, of 1. `mean_age`: how many updates
-    old the average is in the mean. `effective_window`: 1 / (the sum of the squares of the weights);
-    the plain mean of n values has n. `stalled`: the share of elements that the newest value should
-    have moved, and rounding held where they were.
+    Use it for metrics inside a step, or on a state from a checkpoint. It is exact for any decay and
+    any `num_updates`. For all weights of a decay, see `profile`.
 
-    For metrics inside a step, or of what a checkpoint holds; exact for any decay and any
-    `num_updates`. For all weights of a decay, see `profile`.
+    Returns:
+        For each average a dict. `initial_weight`: the weight that the initial parameters still
+        have, of 1. `mean_age`: how many updates old the average is in the mean.
+        `effective_window`: 1 / (the sum of the squares of the weights), which is n for the plain
+        mean of n values. `stalled`: the fraction of elements that the last update left unchanged
+        only because of rounding.
 
-    >>> import emaopt
-    >>> mean = emaopt.moving_average(0.5, ledger=True)
-    >>> state = mean.update(jnp.array([8.0]), mean.init(jnp.array([0.0])))
-    >>> {name: float(x) for name, x in ledgers(state)["ema"].items()}
-    {'initial_weight': 0.5, 'mean_age': 0.5, 'effective_window': 2.0, 'stalled': 0.0}
+    Raises:
+        ValueError: no average keeps a ledger.
+
+    Example:
+        >>> import emaopt
+        >>> mean = emaopt.moving_average(0.5, ledger=True)
+        >>> state = mean.update(jnp.array([8.0]), mean.init(jnp.array([0.0])))
+        >>> {name: float(x) for name, x in ledgers(state)["ema"].items()}
+        {'initial_weight': 0.5, 'mean_age': 0.5, 'effective_window': 2.0, 'stalled': 0.0}
     """
     found = {name: s.ledger for name, s in averages(opt_state).items() if s.ledger is not None}
     if not found:
@@ -176,96 +286,3 @@ def ledgers(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
         }
         for name, ledger in found.items()
     }
-
-
-def _is_ema(node) -> bool:
-    return isinstance(node, (EmaState, SwappedEmaState))
-
-
-def _choose(opt_state: Tree, name: str | None) -> dict[str, EmaState]:
-    """The averages that a name means: the one of that name; without a name, all of them."""
-    found = averages(opt_state)
-    if not found:
-        raise ValueError(
-            "opt_state holds no average. Put emaopt.ema(decay) last in the optax.chain, and pass "
-            "the state that belongs to that chain, after params (of an nnx.Optimizer: "
-            "optimizer.opt_state)."
-        )
-    if name is None:
-        return found
-    if name in found:
-        return {name: found[name]}
-    paths = dict(zip(average_paths(opt_state), found, strict=True))
-    meant = [paths[path] for path in called(name, paths)] if isinstance(name, str) else []
-    if not meant:
-        raise ValueError(
-            f"name={name!r} is not an average.{did_you_mean(str(name), found)} "
-            f"Pass one of: {_listed(found)}."
-        )
-    return {key: found[key] for key in meant}
-
-
-def _stored_of_each_leaf(params: Tree, opt_state: Tree, name: str | None) -> dict[KeyPath, tuple]:
-    """Shadow and residue of every leaf of `params`, `None` where it has none; by key path.
-
-    Averages of different leaves (`optax.partition`) make up one; two of one leaf need a name.
-    """
-    chosen = _choose(opt_state, name)
-    stored: dict[KeyPath, tuple] = {}
-    for state in chosen.values():
-        residues = by_path(state.residue)
-        for path, shadow in by_path(state.shadow).items():
-            if path in stored:
-                raise _AmbiguousError(
-                    f"name is missing: leaf {'/'.join(path)!r} has several averages. "
-                    f"Pass name=, one of: {_listed(chosen)}."
-                )
-            stored[path] = shadow, residues.get(path)
-    leaves = by_path(params)
-    paths = list(leaves)
-    if paths == [()] and params is not None:
-        check_array("", params, "params")  # an NNX module may be no pytree
-    _check_there(set(stored), paths)
-    for places in shared_paths(params):
-        if len({path in stored for path in places}) == 2:
-            raise ValueError(
-                f"params has one Variable in several places, {_quoted(places)}, and opt_state "
-                "averages it in one of them. Pass nnx.state(model); a model of the averages is "
-                "nnx.merge(nnx.graphdef(model), averages)."
-            )
-    found = {path: stored.get(path, (None, None)) for path in paths}
-    if jax.tree.leaves(params) and all(shadow is None for shadow, _ in found.values()):
-        raise ValueError(
-            f"opt_state averages no leaf of params: the mask of {_listed(chosen)} leaves out "
-            f"{_quoted(paths)}. Pass a mask that is true somewhere."
-        )
-    for path, (shadow, _) in found.items():
-        if shadow is not None:
-            check_shape("/".join(path), **{"the average": shadow, "params": leaves[path]})
-    return found
-
-
-def _check_there(averaged: set[KeyPath], paths: list[KeyPath]) -> None:
-    there = set(paths)
-    if averaged <= there:
-        return
-    first = min(averaged)
-    above = {path[: -len(first)] for path in there if first and path[-len(first) :] == first}
-    for node in sorted(above, key=len):
-        if {(*node, *path) for path in averaged} <= there:
-            raise ValueError(
-                f"params has the leaves that opt_state averages below {'/'.join(node)!r}. Pass "
-                "that part of it, which tx.init was given, and not the whole."
-            )
-    raise ValueError(
-        f"params has no leaf {_quoted(sorted(averaged - there))}, which opt_state averages; it has "
-        f"{_quoted(paths)}. Pass the parameters that tx.init was given."
-    )
-
-
-def _quoted(paths: Iterable[KeyPath]) -> str:
-    return ", ".join(repr("/".join(path)) for path in paths)
-
-
-def _listed(found: dict[str, EmaState]) -> str:
-    return ", ".join(map(repr, found))

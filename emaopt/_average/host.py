@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from emaopt._tree.numbers import is_concrete, is_inexact
 from emaopt._tree.paths import State
 
-from .find import _choose, _is_ema
+from .match import choose, is_average
 
 
 def on_host(opt_state: State) -> State:
@@ -26,12 +26,12 @@ def on_host(opt_state: State) -> State:
     >>> state.shadow.sharding.memory_kind
     'pinned_host'
     """
-    _choose(opt_state, None)
+    choose(opt_state, None)
     # by jit, as the updates will do: what cannot stay there does not get there either
     to_host = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))
 
     def move(node):
-        if not _is_ema(node):
+        if not is_average(node):
             return node
         to = lambda tree: jax.tree.map(lambda x: _moved(x, to_host), tree)
         shadow, residue = to(node.shadow), to(node.residue)
@@ -40,7 +40,7 @@ def on_host(opt_state: State) -> State:
         step, ledger = jax.tree.map(put, (node.step, node.ledger))
         return node._replace(step=step, shadow=shadow, residue=residue, ledger=ledger)
 
-    return jax.tree.map(move, opt_state, is_leaf=_is_ema)
+    return jax.tree.map(move, opt_state, is_leaf=is_average)
 
 
 def _moved(x, to_host):

@@ -10,23 +10,24 @@ from .paths import Tree
 
 
 def beside(params: Tree, x: jax.Array) -> jax.Array:
-    """A scalar of a new state, on every device that the parameters are sharded over.
+    """Return a scalar of a new state, on every device that the parameters are sharded over.
 
     Left on one device, it would come back from the first step on all of them, and the second step
-    would be compiled again.
+    would be compiled again. The parameters may be abstract.
     """
     for p in jax.tree.leaves(params):
-        sharding = p.sharding if isinstance(p, jax.Array) and is_concrete(p) else None
+        has_place = isinstance(p, (jax.Array, jax.ShapeDtypeStruct)) and is_concrete(p)
+        sharding = p.sharding if has_place else None
         if isinstance(sharding, NamedSharding):
             return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
     return x
 
 
 def in_memory(x, space: Any = jax.memory.Space.Device):
-    """A leaf in that memory: of its devices, to compute with, or of the host."""
+    """Return a leaf in a memory: that of its devices, to compute with, or that of the host."""
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 def stay(before, after):
-    """A leaf computed from one that may be in the memory of the host, where that one is."""
+    """Return a computed leaf in the memory of the leaf before it, which may be the host's."""
     return in_memory(after, jax.typeof(before).memory_space)

@@ -1,0 +1,218 @@
+"""Match the averages in a state with the leaves of the parameters.
+
+Leaves are matched by key path. An average is either of the whole tree that is passed, or of the
+part of it whose keys stand in the average's own path: in `{"actor": ..., "critic": ...}`, a dict of
+states beside a dict of parameters, the averages of the actor belong to `params["actor"]`.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from emaopt._tree.checks import check_array, check_shape, did_you_mean
+from emaopt._tree.leaves import by_path
+from emaopt._tree.paths import KeyPath, State, Tree, called, key_name, shared_paths
+
+from .ema import EmaState, SwappedEmaState
+from .rounding import Stored
+
+
+class AmbiguousError(ValueError):
+    """A leaf has several averages, and no name says which one is meant."""
+
+
+class Found(NamedTuple):
+    """An average in a state, and its whole key path there."""
+
+    path: KeyPath
+    state: Any  # EmaState or SwappedEmaState
+
+
+class Match(NamedTuple):
+    """The leaves of parameters, and what is stored of each; both by key path.
+
+    `parts`: of each average, in the order of `averages`, the key path of the part of the
+    parameters that it averages; `()` is the whole.
+    """
+
+    leaves: dict[KeyPath, Any]
+    stored: dict[KeyPath, Stored]
+    averages: list[Found]
+    parts: list[KeyPath]
+
+
+def is_average(node: Any) -> bool:
+    """Return whether a node of a state is an average, swapped or not."""
+    return isinstance(node, (EmaState, SwappedEmaState))
+
+
+def find(opt_state: Tree) -> dict[str, Found]:
+    """Return every average in the state by its name, as `averages` describes it."""
+    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_average)[0]
+    found = [(keys, node) for keys, node in nodes if is_average(node)]
+    whole = [tuple(map(key_name, keys)) for keys, _ in found]
+    short = ["/".join(map(key_name, filter(_is_no_field, keys))) or "ema" for keys, _ in found]
+    names = [
+        name if short.count(name) == 1 else "/".join(path)
+        for name, path in zip(short, whole, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"opt_state has two averages named {name!r}. Rename one: a '/' inside a dict key "
+                "collides with nesting."
+            )
+    return {
+        name: Found(path, node) for name, path, (_, node) in zip(names, whole, found, strict=True)
+    }
+
+
+def choose(opt_state: Tree, name: str | None) -> dict[str, Found]:
+    """Return the averages that a name means (see `called`); without a name, all of them."""
+    found = find(opt_state)
+    if not found:
+        raise ValueError(
+            "opt_state holds no average. Put emaopt.ema(decay) last in the optax.chain, and pass "
+            "the state that belongs to that chain, after params (of an nnx.Optimizer: "
+            "optimizer.opt_state)."
+        )
+    if name is None:
+        return found
+    if name in found:
+        return {name: found[name]}
+    paths = [average.path for average in found.values()]
+    meant = called(name, paths) if isinstance(name, str) else []
+    if not meant:
+        raise ValueError(
+            f"name={name!r} is not an average.{did_you_mean(str(name), found)} "
+            f"Pass one of: {_listed(found)}."
+        )
+    return {key: average for key, average in found.items() if average.path in meant}
+
+
+def match(params: Tree, opt_state: Tree, name: str | None) -> Match:
+    """Return what is stored of every leaf of `params` in the averages that a name means.
+
+    Averages of different leaves (`optax.partition`, two networks) make up one. Two of one leaf need
+    a name.
+    """
+    chosen = choose(opt_state, name)
+    leaves = by_path(params)
+    if list(leaves) == [()] and params is not None:
+        check_array("", params, "params")  # an NNX module may be no pytree
+    nodes = {path[:i] for path in leaves for i in range(len(path) + 1)}
+    stored: dict[KeyPath, Stored] = {}
+    parts = []
+    for average in chosen.values():
+        part = _part_of(average, leaves, nodes)
+        residues = by_path(average.state.residue)
+        for below, shadow in by_path(average.state.shadow).items():
+            path = (*part, *below)
+            if shadow is None:
+                continue
+            if path in stored:
+                raise AmbiguousError(
+                    f"name is missing: leaf {'/'.join(path)!r} has several averages. "
+                    f"Pass name=, one of: {_listed(chosen)}."
+                )
+            stored[path] = Stored(shadow, residues.get(below))
+        parts.append(part)
+    for places in shared_paths(params):
+        if len({path in stored for path in places}) == 2:
+            raise ValueError(
+                f"params has one Variable in several places, {_quoted(places)}, and opt_state "
+                "averages it in one of them. Pass nnx.state(model); a model of the averages is "
+                "nnx.merge(nnx.graphdef(model), averages)."
+            )
+    if jax.tree.leaves(params) and not stored:
+        raise ValueError(
+            f"opt_state averages no leaf of params: the mask of {_listed(chosen)} leaves out "
+            f"{_quoted(leaves)}. Pass a mask that is true somewhere."
+        )
+    for path, leaf in stored.items():
+        check_shape("/".join(path), **{"the average": leaf.shadow, "params": leaves[path]})
+    every = {path: stored.get(path, Stored(None)) for path in leaves}
+    return Match(leaves, every, list(chosen.values()), parts)
+
+
+def replace(opt_state: State, new: dict[KeyPath, Any]) -> State:
+    """Return the state with other nodes in the place of its averages, by their key path."""
+    nodes, treedef = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_average)
+    return treedef.unflatten(
+        new.get(tuple(map(key_name, keys)), node) if is_average(node) else node
+        for keys, node in nodes
+    )
+
+
+def _part_of(average: Found, leaves: dict[KeyPath, Any], nodes: set[KeyPath]) -> KeyPath:
+    """Return the key path of the part of the parameters that an average belongs to.
+
+    The keys of the part stand in a row in the average's path, at its start if possible. A part
+    whose keys are names goes before one whose keys are positions, as a chain has positions, too.
+    A part fits if it has all leaves of the average, and the nodes of those that are masked out. So
+    an average of the whole never fits a part: a tree does not contain itself.
+    """
+    shadow = average.state.shadow
+    averaged = {path for path, x in by_path(shadow).items() if x is not None}
+    inside = averaged | _masked_out(shadow)
+
+    def fits(part: KeyPath) -> bool:
+        all_leaves = all((*part, *path) in leaves for path in averaged)
+        return all_leaves and all((*part, *path) in nodes for path in inside)
+
+    at = average.path
+    runs = [at[i:j] for i in range(len(at)) for j in range(len(at), i, -1)]
+    fitting = [part for part in runs if averaged and fits(part)]
+    named = [part for part in fitting if not all(step.isdecimal() for step in part)]
+    at_start = [part for part in fitting if part == at[: len(part)]]
+    if named or at_start:
+        return max(named or at_start, key=len)  # the first one of the longest
+    if averaged <= leaves.keys():
+        return ()
+    raise ValueError(_no_part(average, averaged, nodes, leaves))
+
+
+def _masked_out(shadow: Tree) -> set[KeyPath]:
+    """Return the key paths where an average has a masked or an absent node."""
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    absent = jax.tree.map(lambda x: None if is_masked(x) else x, shadow, is_leaf=is_masked)
+    return {path for path, x in by_path(absent).items() if x is None}
+
+
+def _no_part(
+    average: Found, averaged: set[KeyPath], nodes: set[KeyPath], leaves: dict[KeyPath, Any]
+) -> str:
+    """Return the error about an average that belongs neither to the whole nor to a part."""
+    above = sorted(
+        node for node in nodes if node and all((*node, *path) in leaves for path in averaged)
+    )
+    if len(above) > 1:
+        return (
+            f"params has the leaves that opt_state averages below each of {_quoted(above)}, and "
+            f"the average at {'/'.join(average.path)!r} does not tell which it belongs to. Pass "
+            "one of them with its own state, or a state with the keys of params: "
+            f"{{{above[0][-1]!r}: ..., {above[1][-1]!r}: ...}}."
+        )
+    if above:
+        return (
+            f"params has the leaves that opt_state averages below {'/'.join(above[0])!r}. Pass "
+            "that part of it, which tx.init was given, and not the whole."
+        )
+    return (
+        f"params has no leaf {_quoted(sorted(averaged - leaves.keys()))}, which opt_state "
+        f"averages; it has {_quoted(leaves)}. Pass the parameters that tx.init was given."
+    )
+
+
+def _is_no_field(key: Any) -> bool:
+    return not isinstance(key, jax.tree_util.GetAttrKey)
+
+
+def _quoted(paths: Iterable[KeyPath]) -> str:
+    return ", ".join(repr("/".join(path)) for path in paths)
+
+
+def _listed(found: dict[str, Found]) -> str:
+    return ", ".join(map(repr, found))
