@@ -93,6 +93,7 @@ def evaluate(params: Params, opt_state: optax.OptState) -> None:
     swapped, state = emaopt.swap(params, opt_state, "fast")
     assert_type(swapped, Params)
     assert_type(emaopt.on_host(state), optax.OptState)
+    assert_type(emaopt.reset(params, opt_state, "fast"), optax.OptState)
     found = assert_type(emaopt.averages(opt_state), dict[str, emaopt.EmaState])
     kept: emaopt.Ledger | None = found["fast"].ledger
     print(found["fast"].shadow, kept, found["fast"].step.dtype)
