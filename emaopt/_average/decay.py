@@ -115,17 +115,6 @@ def pointwise(rate: Callable[[Any], Any], text: str) -> Decay:
     return Decay(rate, lambda t, n: together(_log(rate(t)), n), exact=False, text=text)
 
 
-def rate_of_step(decay: Decay, t: Any, advance: Any) -> Any:
-    """Return the rate of an update that moves t forward by `advance`, to t.
-
-    An advance of 0 takes nothing. With the number 1 it is `decay.rate(t)`, bit for bit.
-    """
-    if is_concrete(advance) and advance == 1:
-        return decay.rate(t)
-    n = jnp.maximum(advance, 1)
-    return jnp.where(advance > 0, decay.over(jnp.maximum(t, n), n), 0)
-
-
 def together(log: Any, n: Any) -> jax.Array:
     """Return `1 - exp(log)**n`, the rate of n updates, without a subtraction that loses digits."""
     return -jnp.expm1(number(n) * number(log))

@@ -17,20 +17,22 @@ from jax.typing import ArrayLike, DTypeLike
 from emaopt._tree.checks import check_array, check_shape
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import apply_update, tree_map, zip_leaves
-from emaopt._tree.numbers import is_inexact, wide
+from emaopt._tree.numbers import is_concrete, is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
+from .clock import advanced, as_advance, rate_of_update
 from .decay import DecayLike, as_decay
 from .ledger import record, start as start_ledger
 from .rounding import Draw, Rounding, Stored, as_rounding, widen
 
 
 class EmaState(NamedTuple):
-    """An average. `step`: int32 [], the updates so far. `shadow`: like the parameters.
+    """An average. `step`: int32 [], t: the updates so far. `shadow`: like the parameters.
 
     The shadow has the dtype that was decided at init: float32 or wider unless asked otherwise;
     leaves that are not averaged (integers, booleans, keys) are the newest value. `residue`: what
     rounding took from the shadow, like it, if it is `compensated`. `ledger`: if it was asked for.
+    With `advance`, t counts what it counts.
     """
 
     step: jax.Array
@@ -55,12 +57,16 @@ class SwappedEmaState(NamedTuple):
 
 class _Update(Protocol):
     def __call__(
-        self, values: Tree, state: EmaState, num_updates: ArrayLike | None = None
+        self,
+        values: Tree,
+        state: EmaState,
+        num_updates: ArrayLike | None = None,
+        advance: ArrayLike = 1,
     ) -> EmaState: ...
 
 
 class MovingAverage(NamedTuple):
-    """`init(values) -> EmaState`, `update(values, state, num_updates=None) -> EmaState`."""
+    """`init(values) -> EmaState`, `update(values, state, num_updates=None, advance=1)`."""
 
     init: Callable[..., EmaState]
     update: _Update
@@ -82,6 +88,13 @@ def moving_average(
     any case. `ledger`: keep a record of the weights, for `ledgers`. TF1's
     `ExponentialMovingAverage.apply`.
 
+    A clock in samples or tokens: `update(values, state, advance=n)` moves t by n, a whole number,
+    which may be traced. The update then has the rate of n updates in a row, `Decay.over(t, n)`: the
+    average is as long in tokens for every size of a batch, and `every(n, decay)` is due when t
+    passes a multiple of n. Warm-ups and functions are taken for constant over the n units. Inside
+    of `optax.MultiSteps` pass the sum over its batches. t is int32 and stops at 2**31 - 1: count
+    sequences or thousands of tokens, or pass your own count as `num_updates`, in float32.
+
     >>> mean = moving_average(0.5)
     >>> state = mean.init({"w": jnp.array([0.0])})
     >>> mean.update({"w": jnp.array([8.0])}, state).shadow
@@ -98,11 +111,17 @@ def moving_average(
         step, its_ledger = jax.tree.map(lambda x: beside(values, x), own)
         return EmaState(step, *_trees(treedef, leaves, rounding), its_ledger)
 
-    def update(values: Tree, state: EmaState, num_updates: ArrayLike | None = None) -> EmaState:
+    def update(
+        values: Tree,
+        state: EmaState,
+        num_updates: ArrayLike | None = None,
+        advance: ArrayLike = 1,
+    ) -> EmaState:
         _check_state(state, rounding, ledger)
         before, state = state, jax.tree.map(in_memory, state)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        rate = decay.rate(step if num_updates is None else num_updates)
+        units = as_advance(advance)
+        step = advanced(state.step, units)
+        rate = rate_of_update(decay, step if num_updates is None else num_updates, units)
         trees = {"state.shadow": state.shadow}
         if rounding.has_residue:
             trees["state.residue"] = state.residue
@@ -116,7 +135,7 @@ def moving_average(
                 held.append(
                     rounding.held(old, new, widen(jnp.asarray(x), wide(old.shadow.dtype)), rate)
                 )
-        its_ledger = record(state.ledger, rate, _share(held)) if ledger else None
+        its_ledger = record(state.ledger, rate, units, _share(held)) if ledger else None
         after = EmaState(step, *_trees(treedef, leaves, rounding), its_ledger)
         return jax.tree.map(stay, before, after)
 
@@ -209,7 +228,8 @@ def ema(
     `optax.MultiSteps` or `optax.apply_if_finite`, so that it counts only steps that were made. The
     updates pass unchanged. `decay`, `accumulator_dtype` and `ledger`: see `moving_average`.
 
-    `update(updates, state, params, num_updates=n)`: n replaces t.
+    `update(updates, state, params, num_updates=n)`: n replaces t. `advance=n`: t moves by n; see
+    `moving_average`.
     `sequential_update=False` averages the parameters from before the update, with t = 0, 1, ...
     (what TF1's option of that name does, when its race goes that way).
 
@@ -223,7 +243,7 @@ def ema(
     """
     core = moving_average(decay, accumulator_dtype=accumulator_dtype, ledger=ledger)
 
-    def update(updates, state, params=None, *, num_updates=None, **extra):
+    def update(updates, state, params=None, *, num_updates=None, advance=1, **extra):
         del extra
         if params is None:
             raise ValueError(
@@ -233,8 +253,13 @@ def ema(
         if sequential_update:
             values = tree_map(apply_update, params=params, updates=updates)
         else:
+            if not is_concrete(advance) or advance != 1:
+                raise ValueError(
+                    f"advance={advance} with sequential_update=False: these parameters are from "
+                    "before the update, which advance counts. Use sequential_update=True."
+                )
             values = params
             num_updates = state.step if num_updates is None else num_updates
-        return updates, core.update(values, state, num_updates)
+        return updates, core.update(values, state, num_updates, advance)
 
     return optax.GradientTransformationExtraArgs(core.init, update)

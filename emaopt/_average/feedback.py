@@ -87,8 +87,9 @@ def overwrite(
         return _init("tx", inner, params)
 
     def update(updates, state, params=None, **extra):
+        old = state
         updates, state = inner.update(updates, state, params, **extra)
-        now, step = _is_due(n, state)
+        now, step = _is_due(n, old, state)
         share = strength(step - 1) if callable(strength) else strength
         led_to = _widened(tree_map(apply_update, params=params, updates=updates))
         goal = _averages_like(params, state, name)
@@ -115,10 +116,10 @@ def _with_outer(n: int, inner: Any, outer: Any, name: str | None) -> Any:
         return state, outer.init(_averages_like(params, state, name))
 
     def update(updates, state, params=None, **extra):
-        state, of_outer = state
-        updates, state = inner.update(updates, state, params, **extra)
+        old, of_outer = state
+        updates, state = inner.update(updates, old, params, **extra)
         led_to = _widened(tree_map(apply_update, params=params, updates=updates))
-        now, _ = _is_due(n, state)
+        now, _ = _is_due(n, old, state)
         move = lambda state, of_outer: _moved(state, of_outer, outer, led_to, name)
         stay = lambda state, of_outer: (state, of_outer)
         return updates, jax.lax.cond(now, move, stay, state, of_outer)
@@ -126,10 +127,11 @@ def _with_outer(n: int, inner: Any, outer: Any, name: str | None) -> Any:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_due(n: int, state: Tree) -> tuple[jax.Array, jax.Array]:
-    """Return whether this update is one of n, 2n, ..., and its number."""
-    step = next(iter(averages(state).values())).step
-    return step % jnp.asarray(n, step.dtype) == 0, step
+def _is_due(n: int, before: Tree, state: Tree) -> tuple[jax.Array, jax.Array]:
+    """Return whether t has passed one of n, 2n, ... at this update, and t."""
+    last, step = (next(iter(averages(s).values())).step for s in (before, state))
+    period = jnp.asarray(n, step.dtype)
+    return step // period > last // period, step
 
 
 class PrimalState(NamedTuple):

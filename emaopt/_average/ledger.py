@@ -5,7 +5,7 @@ moments, one update at a time: the ledger keeps three, and the share of the elem
 held still.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from .rounding import add
 class Ledger(NamedTuple):
     """The record of an average, of its weights w(0), ..., w(t) after t updates; float32 [].
 
-    `initial`: w(0), what the initial values still count. `age`: the mean age in updates, the sum of
-    w(s) (t - s). `square`: the sum of w(s)**2; 1 / square is the effective window. `stalled`: see
+    `initial`: w(0), what the initial values still count. `age`: the mean age, the sum of
+    w(s) (t - s), in updates or in what `advance` counts. `square`: the sum of w(s)**2; 1 / square
+    is the effective window, in updates. `stalled`: see
     `ledgers`. `lost_...`: what rounding took from the first three.
     """
 
@@ -35,8 +36,8 @@ def start() -> Ledger:
     return Ledger(*(jnp.full((), x, jnp.float32) for x in (1, 0, 1, 0, 0, 0, 0)))
 
 
-def record(ledger: Ledger, rate: jax.Array, stalled: jax.Array) -> Ledger:
-    """Return the ledger after an update with this rate.
+def record(ledger: Ledger, rate: jax.Array, advance: Any, stalled: jax.Array) -> Ledger:
+    """Return the ledger after an update with this rate, which moves t by `advance`.
 
     A rate of 1 takes the value alone: the sums are what they are of one weight, exactly. An update
     with rate 0 takes nothing, so nothing could stall.
@@ -46,13 +47,14 @@ def record(ledger: Ledger, rate: jax.Array, stalled: jax.Array) -> Ledger:
     age = ledger.age + ledger.lost_age
     square = ledger.square + ledger.lost_square
     copied = rate >= 1
+    units = jnp.asarray(advance).astype(jnp.float32)
 
     def after(x: jax.Array, lost: jax.Array, increment: jax.Array, of_a_copy: int) -> list:
         new, lost = add(x, lost, increment)
         return [jnp.where(copied, of_a_copy, new), jnp.where(copied, 0, lost)]
 
     new_initial, lost_initial = after(ledger.initial, ledger.lost_initial, -initial * rate, 0)
-    new_age, lost_age = after(ledger.age, ledger.lost_age, 1 - (age + 1) * rate, 0)
+    new_age, lost_age = after(ledger.age, ledger.lost_age, units - (age + units) * rate, 0)
     new_square, lost_square = after(
         ledger.square, ledger.lost_square, (square * (rate - 2) + rate) * rate, 1
     )

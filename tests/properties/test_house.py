@@ -39,8 +39,8 @@ ROOMS = {
 # inside a folder: its floors, ground floor first; a file may import those of the floors below
 FLOORS = {
     "_tree": "paths numbers | leaves devices | checks | packing tables | rows",
-    "_average": "decay rounding | decays profile ledger | ema | match | find healing statistics"
-    " | feedback host",
+    "_average": "decay rounding | clock decays profile ledger | ema | match"
+    " | find healing statistics | feedback host",
     "_optimizers": "numerics | builder clip learning_rate steps | rules",
     "checkpoint": "_errors _leaf _digest _run | _contents | _stored | _items | __init__",
     "presets": "_common | _tensorflow _pytorch _jax | __init__",

@@ -9,7 +9,8 @@ import pytest
 
 import emaopt
 from emaopt import after, debiased, every, half_life, inverse_gamma, moving_average, power, warmup
-from emaopt._average.decay import as_decay, rate_of_step
+from emaopt._average.clock import rate_of_update
+from emaopt._average.decay import as_decay
 
 
 DECAYS = {
@@ -149,7 +150,7 @@ def test_no_decay_makes_nan_or_infinity_on_the_way(text, n):
 @pytest.mark.parametrize("text", DECAYS)
 def test_the_rate_of_a_step_is_over_all_that_it_advances(text):
     decay = as_decay(DECAYS[text])
-    assert rate_of_step(decay, jnp.int32(9), 1) == decay.rate(jnp.int32(9))
-    assert rate_of_step(decay, jnp.int32(9), jnp.int32(4)) == decay.over(9, 4)
-    assert rate_of_step(decay, jnp.int32(9), jnp.int32(0)) == 0
-    assert rate_of_step(decay, jnp.int32(0), jnp.int32(0)) == 0
+    assert rate_of_update(decay, jnp.int32(9), 1) == decay.rate(jnp.int32(9))
+    assert rate_of_update(decay, jnp.int32(9), jnp.int32(4)) == decay.over(9, 4)
+    assert rate_of_update(decay, jnp.int32(9), jnp.int32(0)) == 0
+    assert rate_of_update(decay, jnp.int32(0), jnp.int32(0)) == 0

@@ -1,0 +1,50 @@
+"""The clock of an average: by how much t moves at an update.
+
+t counts updates by default. With `update(..., advance=n)` it counts what n counts: samples, images,
+tokens. The rate of an update is then that of its n units taken together, `Decay.over(t, n)`: an
+average has the same length in tokens for every size of a batch.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emaopt._tree.checks import LAST_STEP, check_scalar, whole
+from emaopt._tree.numbers import is_concrete
+
+from .decay import Decay
+
+
+def as_advance(advance: Any) -> Any:
+    """Return the argument `advance` as an int or as an int32 array, or raise."""
+    check_scalar("advance", advance, *whole(0))
+    if is_concrete(advance):
+        return int(advance)
+    if advance.shape != () or not jnp.issubdtype(advance.dtype, jnp.integer):
+        raise ValueError(
+            f"advance is {advance.dtype}[{','.join(map(str, advance.shape))}], and t counts in "
+            "whole numbers. Pass one integer: tokens.astype(jnp.int32)."
+        )
+    return jnp.maximum(advance, 0).astype(jnp.int32)
+
+
+def advanced(step: jax.Array, advance: Any) -> jax.Array:
+    """Return the step after an update. It stops at 2**31 - 1, rather than to go on below zero."""
+    if is_concrete(advance) and advance == 1:
+        return jnp.asarray(optax.safe_increment(step))
+    n = jnp.asarray(advance, step.dtype)
+    return jnp.minimum(step, LAST_STEP - n) + n
+
+
+def rate_of_update(decay: Decay, t: Any, advance: Any) -> Any:
+    """Return the rate of an update that moves t forward by `advance`, to t.
+
+    An advance of 0 takes nothing. With the number 1 it is `decay.rate(t)`, bit for bit.
+    """
+    if is_concrete(advance) and advance == 1:
+        return decay.rate(t)
+    t = jnp.asarray(t)
+    n = jnp.maximum(advance, 1).astype(t.dtype)
+    return jnp.where(advance > 0, decay.over(jnp.maximum(t, n), n), 0)
