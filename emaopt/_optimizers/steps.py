@@ -1,6 +1,8 @@
-"""Training, the optax way: TF1's `compute_gradients`, `apply_gradients` and `minimize`."""
+"""Train the Optax way: TF1's `compute_gradients`, `apply_gradients` and `minimize`."""
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,9 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from emaopt._tree.checks import describe
-from emaopt._tree.leaves import apply_update, tree_map, zip_leaves
-from emaopt._tree.numbers import is_inexact
-from emaopt._tree.paths import Params, State, Tree
+from emaopt._tree.leaves import apply_update, leaves, tree_map, zip_leaves
+from emaopt._tree.numbers import is_concrete, is_inexact
+from emaopt._tree.paths import Params, State, Tree, leaf_names
+
+from .interrupts import flat, keep_interrupt, raise_interrupt, unflat
 
 
 def compute_gradients(
@@ -21,17 +25,35 @@ def compute_gradients(
     grad_loss: Any = None,
     has_aux: bool = False,
 ) -> tuple[Any, Tree]:
-    """`(value, grads)` of `loss(params, *args)`, as `jax.value_and_grad` gives them.
+    """Compute a loss and its gradients: TF1's `Optimizer.compute_gradients`.
 
-    `var_list`: a mask, a tree of booleans like `params` or a function that makes one (`matching`);
-    the leaves left out get the gradient `None`, as do integers, booleans and keys. `grad_loss`:
-    the gradient coming into the loss, like its value; ones by default, so that a loss of many
-    elements counts as their sum, as in TF1. `has_aux`: the loss returns `(value, aux)`, and so
-    does this. TF1's `Optimizer.compute_gradients`, `tf.gradients(..., grad_ys)`.
+    As `jax.value_and_grad(loss)(params, *args)`, and it takes parameters that are partly integers,
+    booleans, keys or absent: their gradient is `None`. The gradient of a complex parameter is that
+    of JAX, the conjugate of the direction in which a real loss grows.
 
-    >>> loss = lambda p, x: p["a"] * p["b"] * x
-    >>> compute_gradients(loss, {"a": 2.0, "b": 3.0}, 10.0, var_list={"a": True, "b": False})[1]
-    {'a': Array(30., dtype=float32, weak_type=True), 'b': None}
+    Args:
+        loss: `loss(params, *args)` returns an array of floating-point numbers. An array of many
+            elements counts as their sum, as in TF1.
+        params: the parameters, any pytree.
+        args: the other arguments of the loss.
+        var_list: which leaves to train: a tree of booleans like `params`, or a function that makes
+            one, such as `emaopt.matching("kernel$")`. The gradient of the others is `None`.
+        grad_loss: the gradient that comes into the loss, of its shape; ones by default. TF1's
+            `tf.gradients(..., grad_ys)`.
+        has_aux: whether the loss returns `(value, aux)`.
+
+    Returns:
+        `(value, grads)`, or `((value, aux), grads)` with `has_aux`. `grads` is a tree like
+        `params`.
+
+    Raises:
+        ValueError: `var_list` is no mask or leaves nothing to train; the loss returns no
+            floating-point array, or no pair with `has_aux`; `grad_loss` has another shape.
+
+    Example:
+        >>> loss = lambda p, x: p["a"] * p["b"] * x
+        >>> compute_gradients(loss, {"a": 2.0, "b": 3.0}, 10.0, var_list={"a": True, "b": False})[1]
+        {'a': Array(30., dtype=float32, weak_type=True), 'b': None}
     """
     mask = var_list(params) if callable(var_list) else var_list
     if mask is None:
@@ -70,7 +92,8 @@ def compute_gradients(
     return ((value, aux) if has_aux else value), tree
 
 
-def _cotangent(value, grad_loss):
+def _cotangent(value: Any, grad_loss: Any) -> jax.Array:
+    """Return the gradient that comes into a loss: ones, or what the user passes."""
     if not (isinstance(value, jax.Array) and is_inexact(value)):
         raise ValueError(
             f"loss returns {describe(value)}, which has no gradient. Return a floating-point "
@@ -88,6 +111,7 @@ def _cotangent(value, grad_loss):
 
 
 def _check_transformation(tx: Any) -> None:
+    """Raise unless `tx` is a transformation; a common slip is to pass a function that makes one."""
     if not hasattr(tx, "init"):
         raise ValueError(
             f"tx is a {type(tx).__name__}, not a gradient transformation. Pass what a call made, "
@@ -96,23 +120,44 @@ def _check_transformation(tx: Any) -> None:
 
 
 def apply_gradients(
-    tx: optax.GradientTransformation, grads: Tree, params: Params, opt_state: State
+    tx: optax.GradientTransformation,
+    grads: Tree,
+    params: Params,
+    opt_state: State,
+    **extra: Any,
 ) -> tuple[Params, State]:
-    """`(params, opt_state)` after one step. TF1's `Optimizer.apply_gradients`.
+    """Take one step: TF1's `Optimizer.apply_gradients`.
 
     A leaf whose gradient is `None` stays, and so do its slots.
 
-    >>> tx = optax.sgd(1.0)
-    >>> apply_gradients(tx, jnp.array(2.0), jnp.array(5.0), tx.init(jnp.array(5.0)))[0]
-    Array(3., dtype=float32)
+    Args:
+        tx: the transformation, such as `optax.chain(...)` or `emaopt.adam()`.
+        grads: a tree like `params`, from `compute_gradients` or `jax.grad`.
+        params: the parameters.
+        opt_state: the state, from `tx.init(params)` or the last step.
+        extra: what links of the chain take beside: `value=`, `grad=` and `value_fn=` for Optax's
+            line searches, `num_updates=` for `ema`, `use_norm=` for `clip_by_global_norm`. Links
+            that do not take them ignore them, as in `optax.chain`.
+
+    Returns:
+        `(params, opt_state)` after the step.
+
+    Raises:
+        ValueError: `tx` is no transformation, or every gradient is `None`.
+
+    Example:
+        >>> tx = optax.sgd(1.0)
+        >>> apply_gradients(tx, jnp.array(2.0), jnp.array(5.0), tx.init(jnp.array(5.0)))[0]
+        Array(3., dtype=float32)
     """
     _check_transformation(tx)
     if all(g is None for _, g in zip_leaves(params=params, grads=grads)[0]):
         raise ValueError(
             "grads holds no gradient: every leaf is None. Pass the grads of compute_gradients."
         )
-    update: Any = tx.update  # Optax says what trees hold, and nothing is known here of these
-    updates, opt_state = update(grads, opt_state, params)
+    # Optax types what trees hold, and nothing is known here of these
+    update: Any = optax.with_extra_args_support(tx).update
+    updates, opt_state = update(grads, opt_state, params, **extra)
     return tree_map(apply_update, params=params, updates=updates), opt_state
 
 
@@ -122,23 +167,163 @@ def minimize(
     *,
     var_list: Tree | Callable[[Tree], Tree] | None = None,
     has_aux: bool = False,
-) -> Callable[..., tuple[Tree, Tree, Any]]:
-    """One jitted training step: `step(params, opt_state, *args) -> (params, opt_state, value)`.
+    donate: bool = True,
+    static_argnames: str | Sequence[str] = (),
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """Return a jitted training step: TF1's `Optimizer.minimize`.
 
-    `params` and `opt_state` are donated: their buffers become the new ones, so use only what the
-    step returns. TF1's `Optimizer.minimize`; with `ema` in the chain, `tf.group(train_op, ema_op)`.
+    With `ema` in the chain it is TF1's `tf.group(train_op, ema_op)`. The chain is given `value`,
+    `grad` and `value_fn`, or `grad_fn` for `optax.contrib.sam`, so that Optax's line searches,
+    `optax.polyak_sgd` and `optax.contrib.reduce_on_plateau` work in it. Complex gradients are
+    conjugated, so that the step descends.
 
-    >>> tx = optax.sgd(0.25)
-    >>> step = minimize(lambda p: p**2, tx)
-    >>> params = jnp.array(4.0)
-    >>> step(params, tx.init(params))[0]
-    Array(2., dtype=float32)
+    A donated step takes over the memory of `params` and `opt_state`: use what it returns, and
+    copies (`emaopt.average` returns one). Ctrl-C waits until a step is finished, so that a loop
+    `params, opt_state, value = step(params, opt_state, x)` that is interrupted keeps all three.
+
+    Args:
+        loss: `loss(params, *args, **kwargs)`, as for `compute_gradients`.
+        tx: the transformation, such as `optax.chain(emaopt.adam(), emaopt.ema(0.999))`.
+        var_list: which leaves to train, a mask or a function that makes one; all by default.
+        has_aux: whether the loss returns `(value, aux)`; then the step returns that as `value`.
+        donate: whether the step takes over the memory of `params` and `opt_state`. `False` keeps
+            them, and takes twice the memory.
+        static_argnames: keyword arguments of the loss that are static, as those of `jax.jit`: they
+            are hashable, and each new value is compiled anew. Python's booleans and strings are
+            always static, so that a loss may say `if train:`.
+
+    Returns:
+        `step(params, opt_state, *args, **kwargs) -> (params, opt_state, value)`; the further
+        arguments are those of the loss. `step.lower(...)` lowers it, as that of `jax.jit`.
+
+    Raises:
+        ValueError: `tx` is no transformation. The step raises what `compute_gradients` and
+            `apply_gradients` raise.
+        RuntimeError: the step is called with arrays that an earlier one took over.
+
+    Example:
+        >>> tx = optax.sgd(0.25)
+        >>> step = minimize(lambda p: p**2, tx)
+        >>> params = jnp.array(4.0)
+        >>> step(params, tx.init(params))[0]
+        Array(2., dtype=float32)
     """
     _check_transformation(tx)
+    names = {static_argnames} if isinstance(static_argnames, str) else set(static_argnames)
 
-    def step(params, opt_state, *args):
-        value, grads = compute_gradients(loss, params, *args, var_list=var_list, has_aux=has_aux)
-        params, opt_state = apply_gradients(tx, grads, params, opt_state)
-        return params, opt_state, value
+    def step(params, opt_state, *args, **kwargs):
+        of_params = lambda params: loss(params, *args, **kwargs)
 
-    return jax.jit(step, donate_argnums=(0, 1))
+        def value_and_grads(params):
+            value, grads = compute_gradients(of_params, params, var_list=var_list, has_aux=has_aux)
+            return value, jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
+
+        value, grads = value_and_grads(params)
+        extra = {"value": _scalar(value, has_aux), "grad": grads}
+        extra["value_fn"] = lambda params: _scalar(of_params(params), has_aux)
+        grad_fn = lambda params, *_: value_and_grads(params)[1]
+        return *_take(tx, grads, params, opt_state, extra, grad_fn), value
+
+    @functools.wraps(step)
+    def flat_step(*args, **kwargs):
+        return flat(step(*args, **kwargs))
+
+    @functools.cache
+    def jitted(f: Callable, numbers: tuple[int, ...], names: tuple[str, ...]) -> Any:
+        donated = (0, 1) if donate else ()
+        return jax.jit(f, static_argnums=numbers, static_argnames=names, donate_argnums=donated)
+
+    def lower(params, opt_state, *args, **kwargs):
+        compiled = jitted(step, *_static(names, args, kwargs))
+        return compiled.lower(params, opt_state, *args, **kwargs)
+
+    run = _finishing(lambda args, kwargs: jitted(flat_step, *_static(names, args, kwargs)))
+    run.__dict__["lower"] = lower
+    return run
+
+
+def _take(
+    tx: Any, grads: Tree, params: Params, opt_state: State, extra: dict, grad_fn: Callable
+) -> tuple[Params, State]:
+    """Take one step, with the further arguments that the chain takes.
+
+    Links ignore arguments that they do not know: Optax's convention. `optax.contrib.sam` does not,
+    but takes `grad_fn` alone, which Optax's line searches in turn refuse.
+    """
+    try:
+        return apply_gradients(tx, grads, params, opt_state, **extra)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+    return apply_gradients(tx, grads, params, opt_state, grad_fn=grad_fn)
+
+
+def _finishing(jitted: Callable[[tuple, dict], Any]) -> Callable[..., tuple[Any, Any, Any]]:
+    """Return the step that a user calls: it finishes although the user interrupts it.
+
+    `jitted` gives the jitted step for the arguments of the loss; what it returns is `flat`.
+    """
+
+    def step(params, opt_state, *args, **kwargs):
+        raise_interrupt()
+        call = functools.partial(jitted(args, kwargs), params, opt_state, *args, **kwargs)
+        made: list[Any] = []
+        try:
+            # `extend` and `starmap` run in C: there is no instruction of Python between the end of
+            # the computation and its results being in the list, where an interrupt finds them.
+            made.extend(itertools.starmap(call, [()]))
+            return unflat(made[0])
+        except KeyboardInterrupt:
+            if not made:
+                raise
+            keep_interrupt()
+            return unflat(made[0])
+        except (RuntimeError, ValueError) as error:  # of a deleted array JAX raises both
+            _explain_deleted(error, params=params, opt_state=opt_state)
+            once = _once_each((params, opt_state))
+            if once is None:
+                raise
+            return step(*once, *args, **kwargs)
+
+    return step
+
+
+def _once_each(trees: Any) -> Any:
+    """Return trees in which every array stands once; `None` if that is so already.
+
+    The memory of an array cannot be taken over twice, and the state that `optax.lbfgs` starts with
+    has the same zeros in two places.
+    """
+    found, structure = jax.tree.flatten(trees)
+    seen: set[int] = set()
+    copied = False
+    for i, x in enumerate(found):
+        if isinstance(x, jax.Array) and id(x) in seen:
+            found[i], copied = jnp.copy(x), True
+        seen.add(id(x))
+    return structure.unflatten(found) if copied else None
+
+
+def _static(names: set[str], args: tuple, kwargs: dict) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return positions and names of the static arguments: booleans, strings, and those named."""
+    fixed = lambda x: isinstance(x, (bool, str))
+    numbers = tuple(i for i, x in enumerate(args, start=2) if fixed(x))
+    return numbers, tuple(name for name, x in kwargs.items() if name in names or fixed(x))
+
+
+def _scalar(value: Any, has_aux: bool) -> jax.Array:
+    """Return what a line search compares: the sum of a loss of many elements, without aux."""
+    return jnp.sum(value[0] if has_aux else value)
+
+
+def _explain_deleted(error: Exception, **trees: Tree) -> None:
+    """Raise an error that says why an array is deleted, if one is."""
+    for name, tree in trees.items():
+        for leaf, x in zip(leaf_names(tree), leaves(tree), strict=True):
+            if isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted():
+                raise RuntimeError(
+                    f"{name} has a deleted array at leaf {leaf!r}: a step took over its memory. "
+                    "Pass what that step returned, `params, opt_state, value = "
+                    "step(params, opt_state, ...)`. To keep values beyond a step, copy them, "
+                    "jax.tree.map(jnp.copy, params), or pass donate=False to emaopt.minimize."
+                ) from error

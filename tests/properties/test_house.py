@@ -41,7 +41,7 @@ FLOORS = {
     "_tree": "paths numbers | leaves devices | checks | packing tables | rows",
     "_average": "decay rounding | clock decays profile ledger | ema | match"
     " | find healing statistics | feedback host",
-    "_optimizers": "numerics | builder clip learning_rate steps | rules",
+    "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
     "checkpoint": "_errors _leaf _digest _run | _contents | _stored | _items | __init__",
     "presets": "_common | _tensorflow _pytorch _jax | __init__",
     "posthoc": "_fit _sum | __init__",

@@ -1,5 +1,9 @@
 """compute_gradients, apply_gradients and minimize."""
 
+import contextlib
+import signal
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 
 import emaopt
 from emaopt import apply_gradients, compute_gradients, matching, minimize
+from emaopt._optimizers import interrupts
 
 
 PARAMS = {
@@ -235,3 +240,229 @@ def test_training_reaches_the_minimum():
     averaged = emaopt.average(params, state)
     np.testing.assert_allclose(averaged["w"], [5.0, 5.0], atol=0.02)
     np.testing.assert_allclose(averaged["b"], 0, atol=0.02)
+
+
+@pytest.fixture
+def lenient():
+    """Optax's line searches and SAM promote integers and weak types."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+ADVERSARY = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.lbfgs(), emaopt.ema(0.5)),
+        optax.chain(emaopt.gradient_descent(0.1), optax.scale_by_backtracking_linesearch(15)),
+        optax.chain(optax.polyak_sgd(), emaopt.ema(0.5)),
+        optax.chain(emaopt.gradient_descent(0.1), optax.contrib.reduce_on_plateau(patience=5)),
+        optax.contrib.sam(optax.sgd(0.05), ADVERSARY, opaque_mode=True),
+        optax.chain(optax.contrib.sam(optax.sgd(0.1), ADVERSARY), emaopt.ema(0.5)),
+        optax.apply_if_finite(optax.chain(optax.lbfgs(), emaopt.ema(0.5)), 3),
+    ],
+    ids=["lbfgs", "backtracking", "polyak", "plateau", "sam_opaque", "sam", "finite"],
+)
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_minimize_gives_the_chain_what_it_searches_along(tx, has_aux):
+    distance = lambda p, x: jnp.sum((p["w"] - x) ** 2)
+    step = minimize(
+        lambda p, x: (distance(p, x), x) if has_aux else distance(p, x), tx, has_aux=has_aux
+    )
+    params = {"w": jnp.array([1.0, 2.0])}
+    state = tx.init(params)
+    for _ in range(50):
+        params, state, _ = step(params, state, jnp.array([3.0, -1.0]))
+    np.testing.assert_allclose(params["w"], [3.0, -1.0], atol=0.1)
+
+
+def recorder(seen):
+    """A link that records the extra arguments of its update."""
+
+    def update(updates, state, params=None, **extra):
+        seen.append(extra | {"probe": extra["value_fn"](params)} if "value_fn" in extra else extra)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def test_what_the_chain_is_given_is_of_this_step():
+    seen = []
+    tx = optax.chain(recorder(seen), emaopt.gradient_descent(0.5))
+    with jax.disable_jit():
+        minimize(lambda p, x: p["b"] * p["w"] * x, tx)(fresh(), tx.init(fresh()), jnp.float32(2))
+    (extra,) = seen
+    assert extra["value"] == extra["probe"] == 18  # a loss of two elements counts as their sum
+    assert_equal(extra["grad"], {"w": np.array([6.0, 6.0]), "b": np.float32(6)})
+
+
+def test_apply_gradients_passes_on_what_links_take_and_others_ignore():
+    seen = []
+    params, extra = fresh(), {"num_updates": 3, "use_norm": 4.0, "value": 1.0}
+    tx = optax.chain(
+        emaopt.clip_by_global_norm(1.0), recorder(seen), emaopt.ema(emaopt.warmup(0.9))
+    )
+    new, state = apply_gradients(tx, params, params, tx.init(params), **extra)
+    assert seen == [extra]
+    np.testing.assert_array_equal(new["b"], 3 + 3 / 4)
+    np.testing.assert_allclose(state[-1].shadow["b"], 3 + 0.75 * (1 - 4 / 13), rtol=1e-6)
+    plain = optax.GradientTransformation(optax.init_empty_state, lambda u, s, p=None: (u, s))
+    assert apply_gradients(plain, params, params, optax.EmptyState(), **extra)[0]["b"] == 6
+
+
+def test_an_error_of_a_link_is_not_changed():
+    def update(updates, state, params=None, **extra):
+        raise TypeError("the link")
+
+    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    with pytest.raises(TypeError, match="the link"):
+        minimize(lambda p: p["b"], tx)(fresh(), tx.init(fresh()))
+
+
+def test_keyword_and_static_arguments_reach_the_loss():
+    seen = []
+
+    def loss(params, x, train, name="mean", scale=1.0, length=2):
+        seen.append((train, name, length))
+        kept = params["w"][:length] if train else params["w"] * 0
+        return jnp.sum(kept * x) * scale if name == "sum" else jnp.mean(kept * x)
+
+    step = minimize(loss, emaopt.gradient_descent(0.5), static_argnames="length")
+    state = emaopt.gradient_descent(0.5).init(fresh())
+    keep = minimize(loss, emaopt.gradient_descent(0.5), donate=False, static_argnames=["length"])
+    call = lambda *args, **kwargs: keep(fresh(), state, *args, **kwargs)[2]
+    assert call(2.0, train=True) == 3
+    assert call(2.0, True) == 3
+    assert call(2.0, False) == 0
+    assert call(2.0, train=True, name="sum", scale=0.5) == 3
+    assert call(2.0, train=True, name="sum", scale=jnp.float32(3), length=1) == 6
+    number = len(seen)
+    assert call(4.0, train=True, name="sum", scale=jnp.float32(1.5), length=1) == 6
+    assert call(4.0, True) == 6
+    assert len(seen) == number  # numbers and arrays are traced: nothing is compiled anew
+    assert "stablehlo" in step.lower(fresh(), state, 2.0, train=True, length=1).as_text()
+
+
+def test_without_donation_what_goes_in_stays():
+    tx = recipe()
+    params, state = fresh(), tx.init(fresh())
+    loss = lambda p: jnp.sum(p["w"]) * p["b"]
+    kept = minimize(loss, tx, donate=False)(params, state)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((params, state)))
+    assert_equal(minimize(loss, tx)(params, state), kept)
+
+
+def test_a_deleted_array_is_named_with_what_to_do():
+    tx = recipe()
+    params, state = fresh(), tx.init(fresh())
+    step = minimize(lambda p: jnp.sum(p["w"]) * p["b"], tx)
+    new = step(params, state)[0]
+    with pytest.raises(RuntimeError, match=r"params has a deleted array at leaf 'b'.*donate=False"):
+        step(params, state)
+    with pytest.raises(RuntimeError, match=r"opt_state has a deleted array at leaf '1/step'"):
+        step(new, state)
+
+
+def test_an_error_of_the_loss_is_not_changed():
+    def broken(params):
+        raise RuntimeError("the loss")
+
+    tx = recipe()
+    with pytest.raises(RuntimeError, match="the loss"):
+        minimize(broken, tx)(fresh(), tx.init(fresh()))
+
+
+def test_minimize_descends_in_complex_parameters():
+    tx = optax.chain(emaopt.momentum(0.1, 0.5), emaopt.ema(0.5))
+    step = minimize(lambda p, x: jnp.sum(jnp.abs(p - x) ** 2), tx)
+    params = jnp.array([1 + 1j, -2j])
+    state = tx.init(params)
+    goal = jnp.array([3 - 2j, 1 + 1j])
+    for _ in range(60):
+        params, state, _ = step(params, state, goal)
+    np.testing.assert_allclose(params, goal, atol=1e-3)
+    np.testing.assert_allclose(emaopt.average(params, state), goal, atol=1e-3)
+
+
+@jax.tree_util.register_pytree_node_class
+class Interrupting:
+    """What a loss returns beside: the user interrupts when it is put together, `after` times."""
+
+    armed = False
+
+    def __init__(self, x):
+        self.x = x
+
+    def tree_flatten(self):
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        if cls.armed:
+            cls.armed = False
+            raise KeyboardInterrupt
+        return cls(*children)
+
+
+def interrupted_step():
+    """A step, its arguments, and its results where it is interrupted."""
+    tx = recipe()
+    step = minimize(lambda p: (p["b"] ** 2, Interrupting(p["b"])), tx, has_aux=True)
+    params, state = fresh(), tx.init(fresh())
+    params, state, _ = step(params, state)
+    Interrupting.armed = True
+    params, state, _ = step(params, state)
+    assert not Interrupting.armed
+    return step, params, state
+
+
+def test_an_interrupted_step_is_finished_and_the_next_one_is_not_begun():
+    step, params, state = interrupted_step()
+    with pytest.raises(KeyboardInterrupt, match="which was finished first"):
+        step(params, state)
+    assert emaopt.global_step(state) == 2
+    assert step(params, state)[1][1].step == 3
+    time.sleep(1.5 * interrupts._WAIT)  # and nothing more comes of it
+
+
+def test_an_interrupt_is_raised_soon_where_there_is_no_next_step(monkeypatch):
+    monkeypatch.setattr(interrupts, "_WAIT", 0.05)
+    step, params, state = interrupted_step()
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(20)
+    step(params, state)
+
+
+def test_an_interrupt_before_the_computation_is_raised_at_once():
+    def interrupting(params):
+        raise KeyboardInterrupt
+
+    tx = recipe()
+    params, state = fresh(), tx.init(fresh())
+    with pytest.raises(KeyboardInterrupt):
+        minimize(interrupting, tx)(params, state)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((params, state)))
+
+
+@pytest.mark.slow
+def test_loops_that_are_interrupted_at_any_moment_keep_everything():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    tx = optax.chain(emaopt.adam(), emaopt.ema(0.9))
+    step = minimize(lambda p, x: sum(jnp.sum((x @ w) ** 2) for w in p.values()), tx)
+    x, before = jnp.ones((64, 64)), signal.signal(signal.SIGALRM, interrupt)
+    for trial in range(40):
+        params = {f"w{i}": jnp.ones((64, 64)) / 64 for i in range(4)}
+        state = tx.init(params)
+        params, state, value = step(params, state, x)
+        signal.setitimer(signal.ITIMER_REAL, 0.01 + trial % 7 / 90)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                params, state, value = step(params, state, x)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, state, value)))
+        assert state[0].step == state[1].step
+    signal.signal(signal.SIGALRM, before)

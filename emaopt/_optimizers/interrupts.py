@@ -1,0 +1,66 @@
+"""Let a call that donates its arguments finish, although the user interrupts it.
+
+Ctrl-C raises `KeyboardInterrupt` between two instructions of Python, most often right after the
+long one: the training step. By then the arguments of a donated step are deleted, and its results
+are not yet assigned. Without this module an interrupted loop would lose parameters, optimizer and
+averages. The interrupt is kept, and raised when the results are assigned.
+"""
+
+import _thread
+import time
+from typing import Any
+
+import jax
+
+
+_WAIT = 1.0  # seconds until an interrupt is raised that no next step has raised
+_kept: list[KeyboardInterrupt] = []  # an interrupt that is not raised yet
+
+
+class _Structure:
+    """Hold the structure of trees, as the only key of a dict of their leaves."""
+
+    def __init__(self, structure: Any):
+        self.structure = structure
+
+    def __repr__(self) -> str:
+        return "leaves"  # part of the name of every result; that of a structure is long
+
+
+def flat(trees: Any) -> dict[_Structure, list[Any]]:
+    """Return trees so that they leave `jax.jit` without an instruction of Python.
+
+    `jax.jit` puts its results together when they are computed, and runs Python for each named
+    tuple. There a waiting `KeyboardInterrupt` would be raised, and the results lost. Dicts and
+    lists are put together in C.
+    """
+    leaves, structure = jax.tree.flatten(trees)
+    return {_Structure(structure): leaves}
+
+
+def unflat(trees: dict[_Structure, list[Any]]) -> Any:
+    """Return the trees that `flat` made flat."""
+    [(key, leaves)] = trees.items()
+    return key.structure.unflatten(leaves)
+
+
+def keep_interrupt() -> None:
+    """Keep an interrupt until `raise_interrupt` is called, or for a second."""
+    interrupt = KeyboardInterrupt("it came during a training step, which was finished first")
+    _kept.append(interrupt)
+    # not a threading.Timer: its start waits for the new thread, with the results in our hands
+    _thread.start_new_thread(_interrupt_main_thread, (interrupt,))
+
+
+def raise_interrupt() -> None:
+    """Raise the interrupt that is kept, if there is one."""
+    if _kept:
+        raise _kept.pop()
+
+
+def _interrupt_main_thread(interrupt: KeyboardInterrupt) -> None:
+    """Raise an interrupt that is kept, if no step has raised it within a second."""
+    time.sleep(_WAIT)
+    if interrupt in _kept:
+        _kept.remove(interrupt)
+        _thread.interrupt_main()
