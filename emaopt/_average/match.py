@@ -185,9 +185,9 @@ def _no_part(
     average: Found, averaged: set[KeyPath], nodes: set[KeyPath], leaves: dict[KeyPath, Any]
 ) -> str:
     """Return the error about an average that belongs neither to the whole nor to a part."""
-    above = sorted(
-        node for node in nodes if node and all((*node, *path) in leaves for path in averaged)
-    )
+    above = [node for node in nodes if all((*node, *path) in leaves for path in averaged)]
+    # the nearest ones: a whole TrainState has the same names again in the slots of its optimizer
+    above = sorted(node for node in above if len(node) == min(map(len, above)))
     if len(above) > 1:
         return (
             f"params has the leaves that opt_state averages below each of {_quoted(above)}, and "

@@ -167,8 +167,8 @@ MISTAKES = {
     ),
     "a mask that leaves out all": (
         lambda: emaopt.average(PARAMS, masked("kernels")),
-        "opt_state averages no leaf of params.*'bias', 'kernel'",
-        "Pass a mask that is true somewhere",
+        "pattern='kernels' is found in no name of the tree",
+        "Pass a pattern of names that are there: 'bias', 'kernel'",
     ),
     "the average of swapped parameters": (
         lambda: emaopt.average(*SWAPPED),

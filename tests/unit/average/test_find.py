@@ -318,6 +318,9 @@ def test_what_cannot_start_again_is_refused():
         emaopt.reset(params, (state, state))
     with pytest.raises(ValueError, match="params has no leaf 'w'"):
         emaopt.reset({"v": jnp.zeros(2)}, state)
+    nothing = optax.masked(emaopt.ema(0.5), {"w": False}).init(params)
+    with pytest.raises(ValueError, match=r"averages no leaf of params: the mask of 'ema' leaves"):
+        emaopt.reset(params, nothing)
 
 
 # abstract parameters

@@ -266,7 +266,7 @@ def test_parameters_and_statistics_in_one_tree_are_averaged_together():
 def test_a_mask_copies_the_newest_statistics():
     masked = optax.masked(emaopt.ema(emaopt.power(0)), emaopt.matching("^params/"))
     variables, average = variables_after(masked)
-    assert average["batch_stats"]["mean"] is variables["batch_stats"]["mean"]
+    np.testing.assert_array_equal(average["batch_stats"]["mean"], variables["batch_stats"]["mean"])
     np.testing.assert_allclose(average["params"]["w"], 0.0, atol=1e-7)
 
 
