@@ -13,6 +13,7 @@ import jax
 import optax
 
 from emaopt._average.ema import EmaState, SwappedEmaState
+from emaopt._average.lazy import Rested
 from emaopt._optimizers.builder import OptimizerState
 from emaopt._optimizers.rules import KINDS
 from emaopt._tree.checks import check_unique, did_you_mean
@@ -78,7 +79,15 @@ def _average_names(state: Any, unique: Callable[[str], str]) -> Any:
     residue = jax.tree.map(below, _plain(state.residue))
     ledger = jax.tree.map(lambda name: unique(f"ledger/{name}"), _plain(state.ledger))
     own = {"step": _all(state.step, STEP), "shadow": shadow, "residue": residue, "ledger": ledger}
+    own["rows"] = _rested_names(state.rows, unique)
     return type(state)(**{field: own.get(field, field) for field in state._fields})
+
+
+def _rested_names(rested: Rested | None, unique: Callable[[str], str]) -> Rested | None:
+    if rested is None:
+        return None
+    then = jax.tree.map(lambda name: unique(f"{average_name(name)}/then"), _plain(rested.then))
+    return Rested(_all(rested.now, unique("rows/now")), then)
 
 
 def _optimizer_names(state: OptimizerState, unique: Callable[[str], str]) -> OptimizerState:

@@ -16,12 +16,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from emaopt._tree.checks import check_array, check_shape
 from emaopt._tree.devices import beside, in_memory, stay
-from emaopt._tree.leaves import apply_update, tree_map, zip_leaves
+from emaopt._tree.leaves import apply_update, by_path, tree_map, zip_leaves
 from emaopt._tree.numbers import is_concrete, is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
 from .clock import advanced, as_advance, rate_of_update
 from .decay import DecayLike, as_decay
+from .lazy import Mask, settled, start as start_rest, touch
 from .ledger import record, start as start_ledger
 from .rounding import Draw, Rounding, Stored, as_rounding, widen
 
@@ -32,13 +33,16 @@ class EmaState(NamedTuple):
     The shadow has the dtype that was decided at init: float32 or wider unless asked otherwise;
     leaves that are not averaged (integers, booleans, keys) are the newest value. `residue`: what
     rounding took from the shadow, like it, if it is `compensated`. `ledger`: if it was asked for.
-    With `advance`, t counts what it counts.
+    With `advance`, t counts what it counts. `rows`: with `rows=mask`, how long each row of the
+    tables has rested. The shadow of a table is then its average as of when each row was last
+    touched; `average` brings it up to date.
     """
 
     step: jax.Array
     shadow: Tree
     residue: Tree = None
     ledger: Tree = None
+    rows: Tree = None
 
 
 class SwappedEmaState(NamedTuple):
@@ -52,6 +56,7 @@ class SwappedEmaState(NamedTuple):
     shadow: Tree
     residue: Tree = None
     ledger: Tree = None
+    rows: Tree = None
     emaopt_swapped: Any = np.ones((), np.int8)
 
 
@@ -62,11 +67,15 @@ class _Update(Protocol):
         state: EmaState,
         num_updates: ArrayLike | None = None,
         advance: ArrayLike = 1,
+        before: Tree = None,
     ) -> EmaState: ...
 
 
 class MovingAverage(NamedTuple):
-    """`init(values) -> EmaState`, `update(values, state, num_updates=None, advance=1)`."""
+    """`init(values) -> EmaState`, `update(values, state, num_updates=None, advance=1)`.
+
+    With `rows=mask`, `update(values, state, before=values_before)` as well.
+    """
 
     init: Callable[..., EmaState]
     update: _Update
@@ -77,6 +86,7 @@ def moving_average(
     *,
     accumulator_dtype: DTypeLike | Rounding | None = None,
     ledger: bool = False,
+    rows: Mask | None = None,
 ) -> MovingAverage:
     """The average of any pytree of values: `shadow -= (shadow - value) * (1 - decay(t))`.
 
@@ -95,6 +105,10 @@ def moving_average(
     of `optax.MultiSteps` pass the sum over its batches. t is int32 and stops at 2**31 - 1: count
     sequences or thousands of tokens, or pass your own count as `num_updates`, in float32.
 
+    `rows`: a mask, true for the tables that `take` takes rows of; see `ema`. In a view, pass
+    `update(values, state, before=values_before)`, the rows as `take` gave them: a row rested at
+    that value since it was last touched. Without `before`, a row that rested becomes NaN.
+
     >>> mean = moving_average(0.5)
     >>> state = mean.init({"w": jnp.array([0.0])})
     >>> mean.update({"w": jnp.array([8.0])}, state).shadow
@@ -104,31 +118,37 @@ def moving_average(
     rounding = as_rounding(accumulator_dtype)
 
     def init(values: Tree) -> EmaState:
-        rows, treedef = zip_leaves(values=values)
+        columns, treedef = zip_leaves(values=values)
         names = leaf_names(values)
-        leaves = [start_leaf(name, x, rounding) for name, (x,) in zip(names, rows, strict=True)]
+        leaves = [start_leaf(name, x, rounding) for name, (x,) in zip(names, columns, strict=True)]
         own = jnp.zeros((), jnp.int32), start_ledger() if ledger else None
         step, its_ledger = jax.tree.map(lambda x: beside(values, x), own)
-        return EmaState(step, *_trees(treedef, leaves, rounding), its_ledger)
+        rested = None if rows is None else start_rest(values, rows)
+        return EmaState(step, *_trees(treedef, leaves, rounding), its_ledger, rested)
 
     def update(
         values: Tree,
         state: EmaState,
         num_updates: ArrayLike | None = None,
         advance: ArrayLike = 1,
+        before: Tree = None,
     ) -> EmaState:
-        _check_state(state, rounding, ledger)
-        before, state = state, jax.tree.map(in_memory, state)
+        _check_state(state, rounding, ledger, rows is not None)
+        stored, state = state, jax.tree.map(in_memory, state)
+        rested = state.rows
+        if rested is not None:
+            resting = values if before is None else before
+            state = settled(by_path(resting), state, rounding, is_known=before is not None)
         units = as_advance(advance)
         step = advanced(state.step, units)
         rate = rate_of_update(decay, step if num_updates is None else num_updates, units)
         trees = {"state.shadow": state.shadow}
         if rounding.has_residue:
             trees["state.residue"] = state.residue
-        rows, treedef = zip_leaves(values=values, **trees)
+        columns, treedef = zip_leaves(values=values, **trees)
         leaves, held = [], []
-        for i, (name, (x, *stored)) in enumerate(zip(leaf_names(values), rows, strict=True)):
-            old = Stored(*stored)
+        for i, (name, (x, *own)) in enumerate(zip(leaf_names(values), columns, strict=True)):
+            old = Stored(*own)
             new = update_leaf(name, x, old, rate, rounding, Draw(step, i))
             leaves.append(new)
             if ledger and x is not None and is_inexact(old.shadow):
@@ -136,8 +156,9 @@ def moving_average(
                     rounding.held(old, new, widen(jnp.asarray(x), wide(old.shadow.dtype)), rate)
                 )
         its_ledger = record(state.ledger, rate, units, _share(held)) if ledger else None
-        after = EmaState(step, *_trees(treedef, leaves, rounding), its_ledger)
-        return jax.tree.map(stay, before, after)
+        rested = None if rested is None else touch(values, rested, rate)
+        after = EmaState(step, *_trees(treedef, leaves, rounding), its_ledger, rested)
+        return jax.tree.map(stay, stored, after)
 
     return MovingAverage(init, update)
 
@@ -191,7 +212,7 @@ def _share(held: list[jax.Array]) -> jax.Array:
     return true / max(number, 1.0)
 
 
-def _check_state(state: Any, rounding: Rounding, ledger: bool) -> None:
+def _check_state(state: Any, rounding: Rounding, ledger: bool, rows: bool) -> None:
     if isinstance(state, SwappedEmaState):
         raise ValueError(
             "opt_state is swapped: its shadow holds the parameters. Call "
@@ -202,13 +223,14 @@ def _check_state(state: Any, rounding: Rounding, ledger: bool) -> None:
             f"state is a {type(state).__name__}, not an average. Pass the EmaState that its "
             "own init made."
         )
-    for field, wanted, argument in (
-        ("residue", rounding.has_residue, "accumulator_dtype=compensated()"),
-        ("ledger", ledger, "ledger=True"),
+    for found, wanted, article, field, argument in (
+        (state.residue, rounding.has_residue, "a", "residue", "accumulator_dtype=compensated()"),
+        (state.ledger, ledger, "a", "ledger", "ledger=True"),
+        (state.rows, rows, "the", "rows", "rows=mask"),
     ):
-        if (getattr(state, field) is not None) != wanted:
+        if (found is not None) != wanted:
             raise ValueError(
-                f"state has {'no' if wanted else 'a'} {field}: it was made "
+                f"state has {'no' if wanted else article} {field}: it was made "
                 f"{'without' if wanted else 'with'} {argument}. Pass the EmaState that its own "
                 "init made."
             )
@@ -220,6 +242,7 @@ def ema(
     sequential_update: bool = True,
     accumulator_dtype: DTypeLike | Rounding | None = None,
     ledger: bool = False,
+    rows: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The average of the parameters, as the last link of an `optax.chain`.
 
@@ -233,6 +256,12 @@ def ema(
     `sequential_update=False` averages the parameters from before the update, with t = 0, 1, ...
     (what TF1's option of that name does, when its race goes that way).
 
+    `rows`: a mask, a tree of booleans like the parameters or a function that makes one
+    (`matching("embedding")`), true for the tables that `take` takes rows of. Their averages then
+    move as TF1's do, every row at every step, at the cost of the rows of a batch: a row that no
+    batch looks up is brought up to date when it is touched or read. `average`, `swap` and
+    everything built on them do so.
+
     TF1's `ExponentialMovingAverage` in a training step; `MovingAverageOptimizer`.
 
     >>> tx = optax.chain(optax.sgd(1.0), ema(0.5))
@@ -241,7 +270,7 @@ def ema(
     >>> state[-1].shadow
     Array([4.], dtype=float32)
     """
-    core = moving_average(decay, accumulator_dtype=accumulator_dtype, ledger=ledger)
+    core = moving_average(decay, accumulator_dtype=accumulator_dtype, ledger=ledger, rows=rows)
 
     def update(updates, state, params=None, *, num_updates=None, advance=1, **extra):
         del extra
@@ -260,6 +289,6 @@ def ema(
                 )
             values = params
             num_updates = state.step if num_updates is None else num_updates
-        return updates, core.update(values, state, num_updates, advance)
+        return updates, core.update(values, state, num_updates, advance, before=params)
 
     return optax.GradientTransformationExtraArgs(core.init, update)

@@ -127,7 +127,8 @@ def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Par
     """Exchange the parameters and their average: `(averages, opt_state with the parameters)`.
 
     Nothing is computed, rounded or copied: arrays (also abstract ones) change places. So swapping
-    twice gives back the same arrays. Leaves without an average stay. To save the averages under the
+    twice gives back the same arrays. Only the rows of `ema(decay, rows=mask)` are brought up to
+    date first. Leaves without an average stay. To save the averages under the
     original names, save what `swap` returns; to go on training, load it and swap again. TF1's
     `MovingAverageOptimizer.swapping_saver`.
 
@@ -166,7 +167,7 @@ def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Par
         fields["shadow"] = from_paths(found.state.shadow, raw)
         kind = EmaState if isinstance(found.state, SwappedEmaState) else SwappedEmaState
         new[found.path] = kind(**fields)
-    return from_paths(params, matched.leaves | shadows), replace(opt_state, new)
+    return from_paths(params, matched.leaves | shadows), replace(matched.opt_state, new)
 
 
 def reset(params: Tree, opt_state: State, name: str | None = None) -> State:
@@ -219,7 +220,8 @@ def _restarted(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
     step, ledger = jax.tree.map(
         lambda x: beside(state.shadow, x), (jnp.zeros_like(state.step), ledger)
     )
-    new = state._replace(step=step, shadow=shadow, residue=residue, ledger=ledger)
+    rows = jax.tree.map(jnp.zeros_like, state.rows)
+    new = state._replace(step=step, shadow=shadow, residue=residue, ledger=ledger, rows=rows)
     return jax.tree.map(stay, state, new)
 
 

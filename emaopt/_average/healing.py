@@ -17,6 +17,7 @@ from emaopt._tree.numbers import is_inexact
 from emaopt._tree.paths import Tree
 
 from .ema import EmaState
+from .lazy import settled
 
 
 class HealState(NamedTuple):
@@ -57,6 +58,7 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
             if not _is_average(after):
                 return after
             near, mended = (jax.tree.map(in_memory, state) for state in (before, after))
+            near = settled(by_path(params), near)
             return jax.tree.map(stay, before, _mend(near, mended, values, healed))
 
         mended = jax.tree.map(mend, state.state, new, is_leaf=_is_average)

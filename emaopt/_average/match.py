@@ -16,6 +16,7 @@ from emaopt._tree.leaves import by_path
 from emaopt._tree.paths import KeyPath, State, Tree, called, key_name, shared_paths
 
 from .ema import EmaState, SwappedEmaState
+from .lazy import settled
 from .rounding import Stored
 
 
@@ -34,13 +35,15 @@ class Match(NamedTuple):
     """The leaves of parameters, and what is stored of each; both by key path.
 
     `parts`: of each average, in the order of `averages`, the key path of the part of the
-    parameters that it averages; `()` is the whole.
+    parameters that it averages; `()` is the whole. `opt_state`: the state, with the rows of
+    `ema(decay, rows=mask)` brought up to date.
     """
 
     leaves: dict[KeyPath, Any]
     stored: dict[KeyPath, Stored]
     averages: list[Found]
     parts: list[KeyPath]
+    opt_state: Any
 
 
 def is_average(node: Any) -> bool:
@@ -98,15 +101,18 @@ def match(params: Tree, opt_state: Tree, name: str | None) -> Match:
     Averages of different leaves (`optax.partition`, two networks) make up one. Two of one leaf need
     a name.
     """
-    chosen = choose(opt_state, name)
     leaves = by_path(params)
     if list(leaves) == [()] and params is not None:
         check_array("", params, "params")  # an NNX module may be no pytree
     nodes = {path[:i] for path in leaves for i in range(len(path) + 1)}
+    opt_state = _brought_up_to_date(leaves, nodes, opt_state)
+    chosen = choose(opt_state, name)
     stored: dict[KeyPath, Stored] = {}
     parts = []
     for average in chosen.values():
         part = _part_of(average, leaves, nodes)
+        if part is None:
+            raise ValueError(_no_part(average, nodes, leaves))
         residues = by_path(average.state.residue)
         for below, shadow in by_path(average.state.shadow).items():
             path = (*part, *below)
@@ -134,7 +140,24 @@ def match(params: Tree, opt_state: Tree, name: str | None) -> Match:
     for path, leaf in stored.items():
         check_shape("/".join(path), **{"the average": leaf.shadow, "params": leaves[path]})
     every = {path: stored.get(path, Stored(None)) for path in leaves}
-    return Match(leaves, every, list(chosen.values()), parts)
+    return Match(leaves, every, list(chosen.values()), parts, opt_state)
+
+
+def _brought_up_to_date(leaves: dict[KeyPath, Any], nodes: set[KeyPath], opt_state: State) -> State:
+    """Return the state with every average of rows settled, also those that no name means.
+
+    `swap` moves the parameters away, and an average of rows is nothing without them.
+    """
+    new = {}
+    for average in find(opt_state).values():
+        if isinstance(average.state, EmaState) and average.state.rows is not None:
+            part = _part_of(average, leaves, nodes)
+            if part is not None:
+                own = {
+                    path[len(part) :]: x for path, x in leaves.items() if path[: len(part)] == part
+                }
+                new[average.path] = settled(own, average.state)
+    return replace(opt_state, new) if new else opt_state
 
 
 def replace(opt_state: State, new: dict[KeyPath, Any]) -> State:
@@ -146,8 +169,8 @@ def replace(opt_state: State, new: dict[KeyPath, Any]) -> State:
     )
 
 
-def _part_of(average: Found, leaves: dict[KeyPath, Any], nodes: set[KeyPath]) -> KeyPath:
-    """Return the key path of the part of the parameters that an average belongs to.
+def _part_of(average: Found, leaves: dict[KeyPath, Any], nodes: set[KeyPath]) -> KeyPath | None:
+    """Return the key path of the part of the parameters that an average belongs to, if any.
 
     The keys of the part stand in a row in the average's path, at its start if possible. A part
     whose keys are names goes before one whose keys are positions, as a chain has positions, too.
@@ -171,7 +194,7 @@ def _part_of(average: Found, leaves: dict[KeyPath, Any], nodes: set[KeyPath]) ->
         return max(named or at_start, key=len)  # the first one of the longest
     if averaged <= leaves.keys():
         return ()
-    raise ValueError(_no_part(average, averaged, nodes, leaves))
+    return None
 
 
 def _masked_out(shadow: Tree) -> set[KeyPath]:
@@ -181,10 +204,9 @@ def _masked_out(shadow: Tree) -> set[KeyPath]:
     return {path for path, x in by_path(absent).items() if x is None}
 
 
-def _no_part(
-    average: Found, averaged: set[KeyPath], nodes: set[KeyPath], leaves: dict[KeyPath, Any]
-) -> str:
+def _no_part(average: Found, nodes: set[KeyPath], leaves: dict[KeyPath, Any]) -> str:
     """Return the error about an average that belongs neither to the whole nor to a part."""
+    averaged = {path for path, x in by_path(average.state.shadow).items() if x is not None}
     above = [node for node in nodes if all((*node, *path) in leaves for path in averaged)]
     # the nearest ones: a whole TrainState has the same names again in the slots of its optimizer
     above = sorted(node for node in above if len(node) == min(map(len, above)))

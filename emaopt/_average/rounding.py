@@ -77,6 +77,14 @@ class Rounding:
         copy = self.start(value)
         return jax.tree.map(lambda *x: _taken(rate, *x), new, before, copy)
 
+    def approach(self, before: Stored, value: jax.Array, share: jax.Array, draw: Draw) -> Stored:
+        """Return the leaf after many updates with one value: `value + (shadow - value) * share`.
+
+        At share 0 it is the value exactly, whatever the leaf was.
+        """
+        distance = jnp.where(share == 0, 0, self.difference(before, value) * share)
+        return self.add(Stored(jnp.zeros_like(before.shadow)), value + distance, draw)
+
     def held(self, before: Stored, after: Stored, value: jax.Array, rate: Any) -> jax.Array:
         """Return where the value should have moved the leaf, and rounding held it."""
         del rate
@@ -118,6 +126,11 @@ class Compensated(Rounding):
         """
         shadow, residue = (x.astype(value.dtype) for x in _both(before))
         return (shadow - value) + residue
+
+    def approach(self, before: Stored, value: jax.Array, share: jax.Array, draw: Draw) -> Stored:
+        """Return the leaf after many updates with one value: `value + (shadow - value) * share`."""
+        distance = jnp.where(share == 0, 0, self.difference(before, value) * share)
+        return self.add(self.start(value), distance, draw)
 
     def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
         """Return the leaf after an increment, and what rounding takes from the sum."""

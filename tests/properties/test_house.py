@@ -39,7 +39,7 @@ ROOMS = {
 # inside a folder: its floors, ground floor first; a file may import those of the floors below
 FLOORS = {
     "_tree": "paths numbers | leaves devices | checks | packing tables | rows",
-    "_average": "decay rounding | clock decays profile ledger | ema | match"
+    "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
     "checkpoint": "_errors _leaf _digest _run | _contents | _stored | _items | __init__",
