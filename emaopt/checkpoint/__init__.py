@@ -90,12 +90,12 @@ def resume(
     found = {step: path for step, path in listed.items() if (path / FINISHED).exists()}
     stored = Stored(pick(found, step, checkpointer.directory))
     markers = {path for path in stored.items.get("opt_state", {}) if path[-1] == SWAPPED}
-    name, like = _as_saved(params, opt_state, markers, stored.path)
+    names, like = _as_saved(params, opt_state, markers, stored.path)
     if rest or "rest" in stored.items:
         like["rest"] = rest
     loaded = stored.load(like)
     params, opt_state = loaded["params"], loaded["opt_state"]
-    if markers:
+    for name in names:
         params, opt_state = swap(params, opt_state, name)
     return params, opt_state, loaded.get("rest", {})
 
@@ -110,21 +110,20 @@ def _check_checkpointer(checkpointer: Any) -> None:
 
 def _as_saved(
     params: Tree, opt_state: Tree, markers: set[KeyPath], path: Path
-) -> tuple[str | None, dict[str, Tree]]:
-    """The trees as they stand on disk, and the name of the average that was swapped."""
-    if not markers:
-        return None, {"params": params, "opt_state": opt_state}
+) -> tuple[list[str], dict[str, Tree]]:
+    """The trees as they stand on disk, and the names of the averages that were swapped."""
     names = dict(zip(average_paths(opt_state), averages(opt_state), strict=True))
     swapped = {marker[:-1] for marker in markers}
-    if not swapped <= names.keys() or len(swapped) not in (1, len(names)):
+    if not swapped <= names.keys():
         raise MismatchError(
             f"checkpoint {path} has its averages at {sorted('/'.join(node) for node in swapped)}, "
             f"opt_state has {['/'.join(node) for node in names]}. Pass the state of the optimizer "
             "that was saved; for the averages alone, restore_averages."
         )
-    name = None if len(swapped) == len(names) else names[min(swapped)]
-    averaged, opt_state = swap(params, opt_state, name)
-    return name, {"params": averaged, "opt_state": opt_state}
+    chosen = [names[node] for node in sorted(swapped)]
+    for name in chosen:
+        params, opt_state = swap(params, opt_state, name)
+    return chosen, {"params": params, "opt_state": opt_state}
 
 
 def restore_averages(

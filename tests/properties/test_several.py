@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.linen import Partitioned
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
 
 import emaopt
+from emaopt import checkpoint
 
 
 def params_of(dtype=jnp.float32):
@@ -150,3 +153,34 @@ def test_names_that_cannot_be_stacked_are_refused(names, message):
 def test_without_an_average_there_is_nothing_to_stack():
     with pytest.raises(ValueError, match="opt_state holds no average"):
         emaopt.stacked(params_of(), optax.sgd(0.1).init(params_of()))
+
+
+# two networks, with a state each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, "fast", "gen/slow"])
+def test_two_networks_in_one_checkpoint(tmp_path, name):
+    def network(x):
+        # of the same names in both, and boxed as Linen's
+        return {"dense": {"kernel": Partitioned(jnp.full(2, x), ("a",)), "bias": jnp.full(2, -x)}}
+
+    params = {"gen": network(1.0), "disc": network(6.0)}
+    chain = [("sgd", optax.sgd(0.1)), ("fast", emaopt.ema(0.5)), ("slow", emaopt.ema(0.9))]
+    tx = optax.named_chain(*chain[: 2 if name is None else 3])
+    opt_state = {}
+    for key in params:
+        _, opt_state[key] = tx.update(params[key], tx.init(params[key]), params[key])
+    averaged = emaopt.average(params, opt_state, name)
+    gen, disc = (-0.99, -6.0) if name == "gen/slow" else (-0.95, -5.7)
+    np.testing.assert_allclose(averaged["gen"]["dense"]["bias"], gen, 1e-6)
+    np.testing.assert_allclose(averaged["disc"]["dense"]["bias"], disc, 1e-6)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        assert checkpoint.save(checkpointer, 1, params, opt_state, name=name)
+        like = {key: tx.init(network(0.0)) for key in params}
+        resumed = checkpoint.resume(checkpointer, jax.tree.map(jnp.zeros_like, params), like)
+    assert_bitwise(resumed[:2], (params, opt_state))
+    assert_bitwise(checkpoint.restore_averages(tmp_path, params, name=name), averaged)
+    of_gen = {None: "gen", "fast": "gen/fast"}.get(name, name)
+    part = checkpoint.restore_averages(tmp_path, params["gen"], name=of_gen)
+    assert_bitwise(part, averaged["gen"])
