@@ -1,46 +1,45 @@
 """TensorFlow 1's checkpoints: go on with a TF1 run in JAX, and hand it back.
 
-A state of emaopt is exactly TF1's variables, so a checkpoint is read and written by name, leaf by
-leaf. `emaopt.names` says which name a leaf has; `rename` leads from there to other names.
+A state of emaopt is exactly TF1's variables. So a checkpoint is read and written by name, leaf by
+leaf. `emaopt.names` returns the name of each leaf, and the argument `rename` leads from there to
+other names.
 
-Nothing here changes a value. What does not fit is listed, all of it in one error, before anything
-is read into a tree or written to disk.
+No value is changed here. What does not fit is listed, all of it in one error, before anything is
+read into a tree or written to disk.
 """
 
 import difflib
-import importlib.util
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from emaopt._names import average_name, role
+from emaopt._names import AVERAGE, average_name, names, role
 from emaopt._tree.checks import describe
 from emaopt._tree.numbers import dtype_of
 from emaopt._tree.paths import Params, State, Tree
 
 from ._files import Checkpoint, cast, check_prefix, write
+from ._leaves import PARAMETER, Leaf, leaves_in_tf1, residues
 from ._rename import (
     SLIM as SLIM,
     TF_LAYERS as TF_LAYERS,
-    AverageName,
-    Leaf,
-    Rename,
+    AverageName as AverageName,
+    Naming,
+    Rename as Rename,
     Shape,
     depthwise as depthwise,
-    leaves_in_tf1,
 )
 
 
-if importlib.util.find_spec("tensorflow") is None:
-    raise ModuleNotFoundError(
-        'emaopt.tf1 needs TensorFlow: pip install "emaopt[tf1]"', name="tensorflow"
-    )
-
-
 class Variable(NamedTuple):
-    """A variable of a checkpoint: what TF1 keeps in it, and the leaf that it would become."""
+    """A variable of a checkpoint.
+
+    `name`, `shape`, `dtype`: as TF1 has them. `role`: what it is, such as `slot m of w`.
+    `becomes`: the leaf that it would become here, such as `opt_state: slots/m/w`.
+    """
 
     name: str
     shape: Shape
@@ -49,7 +48,6 @@ class Variable(NamedTuple):
     becomes: str
 
 
-@overload
 def load(
     path: Any,
     params: Params,
@@ -59,78 +57,123 @@ def load(
     name: str | None = None,
     rename: Rename | None = None,
     average_name: AverageName = average_name,
-    strict: Literal[True] = True,
-) -> tuple[Params, State]: ...
-@overload
-def load(
-    path: Any,
-    params: Params,
-    opt_state: State,
-    *,
-    swapped: bool = False,
-    name: str | None = None,
-    rename: Rename | None = None,
-    average_name: AverageName = average_name,
-    strict: bool,
-) -> tuple[Params, State, dict[str, str]]: ...
-def load(
-    path: Any,
-    params: Tree,
-    opt_state: Tree,
-    *,
-    swapped: bool = False,
-    name: str | None = None,
-    rename: Rename | None = None,
-    average_name: AverageName = average_name,
-    strict: bool = True,
-) -> tuple[Any, ...]:
-    """`(params, opt_state)` like those given, with the values of a TF1 checkpoint.
+) -> tuple[Params, State]:
+    """Load a TF1 checkpoint into parameters and state, to go on with its run.
 
-    `path`: a prefix, `run/model.ckpt-20`, or a directory (its newest). `params` and `opt_state`:
-    from `tx.init`, or abstract (`jax.eval_shape`), with the dtypes and shardings wanted. Every step
-    in the state is TF1's `global_step`.
+    Every leaf must be in the checkpoint, and every variable of the checkpoint must be a leaf;
+    `load_partial` loads what fits.
 
-    `swapped`: the checkpoint is from TF1's `swapping_saver`, with the averages under the names of
-    the variables; with several averages of a leaf, `name` says which one, as in `emaopt.swap`.
+    Several optimizers in one graph: TF1 numbers their powers (`beta1_power_1`) in the order in
+    which they were made, `emaopt.names(opt_state)` by their place in the state. Where the two
+    differ, pass a dict as `rename`.
 
-    `rename`: from names here to TF1's, where they differ; slots and averages follow their
-    parameter. A dict (any name of `emaopt.names`, those of a state too), a function of the
-    parameter's name, or rules `(pattern, replacement)`, each applied with `re.sub` to what the one
-    before made of the name, such as `TF_LAYERS`; a third item makes TF1's shape from the shape
-    here (`depthwise`). `average_name`: the `name=` of TF1's `ExponentialMovingAverage`, the whole
-    name with `{}` for the variable's, or a function from that to the average's.
+    Args:
+        path: A prefix, such as `run/model.ckpt-20`, or a directory, which means its newest
+            checkpoint.
+        params: The parameters, real or abstract (`jax.eval_shape`), with the dtypes and shardings
+            that are wanted.
+        opt_state: The state from `tx.init`, real or abstract. Every step in it becomes TF1's
+            `global_step`.
+        swapped: Whether TF1's `swapping_saver` wrote the checkpoint, with the averages under the
+            names of the variables.
+        name: With `swapped` and several averages of a leaf: the one that was swapped, as in
+            `emaopt.swap`.
+        rename: TF1's names, where they differ from `emaopt.names`. Slots and averages follow their
+            parameter. A dict (from any name in parameters and state), a function of the parameter's
+            name, or a list of rules `(pattern, replacement)`, such as `TF_LAYERS`. Each rule is
+            applied with `re.sub` to the name that the rule before it made. A third item makes TF1's
+            shape from the shape here, as in `depthwise`.
+        average_name: TF1's names of the averages: the `name=` of its `ExponentialMovingAverage`, a
+            whole name with `{}` in place of the variable's, or a function from the variable's name
+            to the average's.
 
-    Several optimizers in one graph: TF1 numbers their powers (`beta1_power_1`) as they were made,
-    `emaopt.names(opt_state)` by their place in the state. A dict sets right what differs.
+    Returns:
+        `(params, opt_state)`, like those given, with the values of the checkpoint.
 
-    A leaf may be wider than its variable (TF1's slots are as narrow as their variable); one that
-    would lose a bit is refused. All that is missing, left over or of another shape or dtype is
-    listed in one ValueError. With `strict=False` these leaves stay as they are, and the result is
-    `(params, opt_state, skipped)`, `skipped` from each TF1 name to the reason.
+    Raises:
+        ValueError: If a leaf or a variable is left over, or differs in shape or dtype. All of them
+            are listed. A leaf may be wider than its variable (TF1's slots are as narrow as their
+            variable), but no bit may be lost.
     """
     checkpoint = Checkpoint(path)
-    leaves, problems = leaves_in_tf1(params, opt_state, swapped, name, rename, average_name)
-    _refuse(f"checkpoint {checkpoint.prefix}: nothing was loaded", problems)
-    skipped = _skipped(checkpoint, leaves)
-    if strict:
-        _refuse(
-            f"checkpoint {checkpoint.prefix} is not what params and opt_state are; nothing was "
-            "loaded",
-            skipped.values(),
-            "Pass rename= or average_name= where names differ, the state of the optimizer that was "
-            "saved, or strict=False to go on without these.",
-        )
+    naming = Naming(rename, average_name)
+    leaves, skipped = _compare(checkpoint, params, opt_state, naming, swapped, name)
+    _refuse(
+        f"checkpoint {checkpoint.prefix} is not what params and opt_state are; nothing was loaded",
+        skipped.values(),
+        "Pass rename= or average_name= where names differ, or the state of the optimizer that was "
+        "saved. Or call emaopt.tf1.load_partial to go on without these.",
+    )
+    values = [_read(checkpoint, leaf) for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure((params, opt_state)), values)
+
+
+def load_partial(
+    path: Any,
+    params: Params,
+    opt_state: State,
+    *,
+    swapped: bool = False,
+    name: str | None = None,
+    rename: Rename | None = None,
+    average_name: AverageName = average_name,
+) -> tuple[Params, State, dict[str, str]]:
+    """Load what fits of a TF1 checkpoint, and keep the rest: a new head, optimizer or average.
+
+    A leaf that is not in the checkpoint, or has another shape or dtype there, stays as passed. An
+    average that is not there starts as the parameters that were loaded. TF1's
+    `init_from_checkpoint` and `warm_start`.
+
+    Args:
+        path: As for `load`.
+        params: As for `load`. A leaf that is not loaded must not be abstract.
+        opt_state: As for `load`. An average that starts anew has TF1's `global_step` too, if the
+            checkpoint has one.
+        swapped: As for `load`.
+        name: As for `load`.
+        rename: As for `load`.
+        average_name: As for `load`.
+
+    Returns:
+        `(params, opt_state, skipped)`. `skipped` says why a variable was not loaded, by its name.
+    """
+    checkpoint = Checkpoint(path)
+    naming = Naming(rename, average_name)
+    leaves, skipped = _compare(checkpoint, params, opt_state, naming, swapped, name)
+    parameters = {leaf.of for leaf in leaves if leaf.kind == PARAMETER}
+    starts: dict[str, str] = {}  # from the leaf of an average to the parameter that it starts as
+    for leaf in leaves:
+        if leaf.kind == AVERAGE and leaf.name in skipped and leaf.of in parameters:
+            starts[leaf.own] = leaf.of
+            if leaf.name != leaf.of:  # the average of an integer is the integer itself
+                skipped[leaf.name] += f"; the average starts as {leaf.of}"
+    shadows = {residue: own for residue, own in residues(names(opt_state)).items() if own in starts}
     _refuse(
         f"checkpoint {checkpoint.prefix}: nothing was loaded",
         [
             f"{leaf.own} is abstract and would stay so: {skipped[leaf.name]}"
             for leaf in leaves
             if leaf.name in skipped and isinstance(leaf.value, jax.ShapeDtypeStruct)
+            if leaf.own not in starts and leaf.own not in shadows
         ],
     )
-    values = [leaf.value if leaf.name in skipped else _read(checkpoint, leaf) for leaf in leaves]
-    result = jax.tree.unflatten(jax.tree.structure((params, opt_state)), values)
-    return result if strict else (*result, skipped)
+    values: dict[str, Any] = {}
+    found: list[Any] = []
+    for leaf in leaves:
+        value = leaf.value
+        if leaf.name not in skipped:
+            value = _read(checkpoint, leaf)
+        elif leaf.kind != PARAMETER and leaf.own in starts:
+            value = _like(values[starts[leaf.own]], leaf.value)
+        elif leaf.own in shadows:  # what rounding took from the average when it started
+            start = jnp.asarray(values[starts[shadows[leaf.own]]])
+            rounded = start.astype(leaf.value.dtype).astype(start.dtype)
+            value = _like(start - rounded, leaf.value)
+        if leaf.kind == PARAMETER:
+            values[leaf.of] = value
+        found.append(value)
+    params, opt_state = jax.tree.unflatten(jax.tree.structure((params, opt_state)), found)
+    return params, opt_state, skipped
 
 
 def save(
@@ -142,36 +185,56 @@ def save(
     name: str | None = None,
     rename: Rename | None = None,
     average_name: AverageName = average_name,
+    like: Any = None,
 ) -> None:
-    """Write a checkpoint that TF1's `Saver.restore` takes; `swapped`: its `swapping_saver`.
+    """Write a TF1 checkpoint, to hand a run back: `Saver.restore` takes it.
 
-    `path`: a prefix, such as `run/model.ckpt-20`; beside it, the file `checkpoint` comes to name it
-    as the newest. The arguments are those of `load`, which gets back what was saved, bit for bit.
+    A slot or an average has the dtype of its variable, as in TF1, if that loses no bit, and its own
+    otherwise. To hand half-precision training back, round the state first. Leaves of other
+    transformations are written too, under their key paths; TF1 does not look at them.
 
-    `global_step` is int64. A slot or an average has the dtype of its variable, as in TF1, if that
-    loses no bit, and its own otherwise: to hand half-precision training back, round the state
-    first. Leaves of other transformations are written too, under their key paths; TF1 does not
-    look at them.
+    Args:
+        path: A prefix, such as `run/model.ckpt-20`. The file `checkpoint` beside it then names it
+            as the newest.
+        params: The parameters.
+        opt_state: The state.
+        swapped: Whether to write what TF1's `swapping_saver` writes, with the averages under the
+            names of the variables.
+        name: As for `load`.
+        rename: As for `load`.
+        average_name: As for `load`.
+        like: The prefix or directory of a checkpoint of the same graph, usually the one that was
+            loaded. Every variable gets the dtype that it has there; `global_step` is int32 in most
+            programs, and int64 without this. Variables that emaopt does not hold, such as the
+            statistics of layers, are copied from there.
+
+    Raises:
+        ValueError: If two leaves would have one name, or a leaf is abstract. With `like`, also if
+            a parameter is not there, or a leaf has another shape or would lose bits. Nothing is
+            written then.
     """
     check_prefix(path)
-    leaves, problems = leaves_in_tf1(params, opt_state, swapped, name, rename, average_name)
+    original = None if like is None else Checkpoint(like)
+    naming = Naming(rename, average_name)
+    leaves, problems = leaves_in_tf1(params, opt_state, naming, swapped, name)
     values: dict[str, np.ndarray] = {}
     for leaf in leaves if not problems else ():
         if isinstance(leaf.value, jax.ShapeDtypeStruct):
             problems.append(f"{leaf.own} is abstract: {describe(leaf.value)}")
             continue
-        value = np.asarray(leaf.value).reshape(leaf.shape)
-        kept = cast(value, leaf.dtype)
-        value = value if kept is None else kept
+        value = _in_tf1(leaf, original, problems)
         first = values.setdefault(leaf.name, value)
         if first is not value and first.tobytes() != value.tobytes():
             problems.append(f"{leaf.name} is one variable in TF1: it cannot be {first} and {value}")
     _refuse(f"checkpoint {path}: nothing was written", problems)
+    if original is not None:
+        others = original.stored.keys() - values.keys()
+        values |= {other: original.value(other) for other in others}
     write(path, [dict(sorted(values.items()))])  # sorted, as TF1 does
 
 
 def inspect(path: Any) -> list[Variable]:
-    """The variables of a checkpoint, by name; what TF1 keeps in each, and what it would become."""
+    """List the variables of a TF1 checkpoint, by name. No value is read."""
     stored = Checkpoint(path).stored
     return [
         Variable(name, shape, str(dtype), *role(name, stored))
@@ -179,25 +242,34 @@ def inspect(path: Any) -> list[Variable]:
     ]
 
 
-def _skipped(checkpoint: Checkpoint, leaves: Sequence[Leaf]) -> dict[str, str]:
-    """The variables that do not fit, missing ones and unused ones, and why."""
-    unused = checkpoint.stored.keys() - {leaf.name for leaf in leaves}
-    found: dict[str, str] = {}
+def _compare(
+    checkpoint: Checkpoint,
+    params: Tree,
+    opt_state: Tree,
+    naming: Naming,
+    swapped: bool,
+    name: str | None,
+) -> tuple[list[Leaf], dict[str, str]]:
+    """Find the leaves, and say why a variable is missing, differs or is not used."""
+    leaves, problems = leaves_in_tf1(params, opt_state, naming, swapped, name)
+    _refuse(f"checkpoint {checkpoint.prefix}: nothing was loaded", problems)
+    unused = sorted(checkpoint.stored.keys() - {leaf.name for leaf in leaves})
+    skipped: dict[str, str] = {}
     for leaf in leaves:
-        if why := _why_not(checkpoint, leaf, unused if len(found) < 20 else ()):
-            found[leaf.name] = why
-    for name in sorted(unused):
-        found[name] = f"{name} is not used: {role(name, checkpoint.stored)[0]}"
-    return found
+        if why := _why_not(checkpoint, leaf, unused if len(skipped) < 20 else ()):
+            skipped[leaf.name] = why
+    for variable in unused:
+        skipped[variable] = f"{variable} is not used: {role(variable, checkpoint.stored)[0]}"
+    return leaves, skipped
 
 
-def _why_not(checkpoint: Checkpoint, leaf: Leaf, unused: Iterable[str]) -> str | None:
+def _why_not(checkpoint: Checkpoint, leaf: Leaf, unused: Sequence[str]) -> str | None:
+    """Say why a leaf cannot be loaded."""
     name = leaf.name if leaf.name == leaf.own else f"{leaf.name} ({leaf.own} here)"
     if leaf.name not in checkpoint.stored:
         if f"{leaf.name}/part_0" in checkpoint.stored:
             return f"{name} is cut into {leaf.name}/part_0, ..., saved without their places"
-        close = difflib.get_close_matches(leaf.name, unused, 3)
-        return f"{name} is missing" + (f"; close: {', '.join(close)}" if close else "")
+        return f"{name} is missing{_close(leaf.name, unused)}"
     shape, dtype = checkpoint.stored[leaf.name]
     if shape != leaf.shape:
         return f"{name} has shape {shape} in the checkpoint, {leaf.shape} here"
@@ -210,12 +282,48 @@ def _why_not(checkpoint: Checkpoint, leaf: Leaf, unused: Iterable[str]) -> str |
     return None
 
 
+def _in_tf1(leaf: Leaf, original: Checkpoint | None, problems: list[str]) -> np.ndarray:
+    """Return the value of a leaf as TF1 has it. `problems`: where to say what does not fit."""
+    value = np.asarray(leaf.value).reshape(leaf.shape)
+    if original is None or leaf.name not in original.stored:
+        if original is not None and leaf.kind == PARAMETER:
+            close = _close(leaf.name, sorted(original.stored))
+            problems.append(f"{leaf.name} is not in like={original.prefix}{close}")
+        narrow = cast(value, leaf.dtype)
+        return value if narrow is None else narrow
+    shape, dtype = original.stored[leaf.name]
+    exact = cast(value, dtype)
+    if shape != leaf.shape:
+        problems.append(f"{leaf.name} has shape {leaf.shape} here, {shape} in {original.prefix}")
+    elif exact is None:
+        problems.append(
+            f"{leaf.name} would lose bits: it is {value.dtype} here, {dtype} in "
+            f"{original.prefix}. Round it to {dtype}"
+        )
+    return value if exact is None else exact
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    """Return the names that are nearly this one, for the end of a complaint."""
+    close = difflib.get_close_matches(name, known, 3)
+    return f"; close: {', '.join(close)}" if close else ""
+
+
 def _read(checkpoint: Checkpoint, leaf: Leaf) -> Any:
-    """The value of a leaf, of its dtype and where it is."""
-    value = checkpoint.value(leaf.name).reshape(np.shape(leaf.value)).astype(dtype_of(leaf.value))
-    if isinstance(leaf.value, (jax.Array, jax.ShapeDtypeStruct)):
-        return jax.device_put(value, leaf.value.sharding)
-    return value if hasattr(leaf.value, "dtype") else type(leaf.value)(value)
+    """Read the value of a leaf."""
+    return _like(checkpoint.value(leaf.name).reshape(np.shape(leaf.value)), leaf.value)
+
+
+def _like(value: Any, leaf: Any) -> Any:
+    """Copy a value to the dtype and the place of a leaf."""
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        if isinstance(value, jax.Array):  # a copy: the next step may donate both
+            value = jnp.array(value, leaf.dtype, copy=True)
+        else:
+            value = value.astype(leaf.dtype)
+        return jax.device_put(value, leaf.sharding)
+    value = np.asarray(value).astype(dtype_of(leaf))
+    return value if hasattr(leaf, "dtype") else type(leaf)(value)
 
 
 def _refuse(what: str, problems: Iterable[str], advice: str = "") -> None:
@@ -225,7 +333,7 @@ def _refuse(what: str, problems: Iterable[str], advice: str = "") -> None:
 
 
 def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
-    """Whether all values of a dtype are values of another one, of the same kind."""
+    """Return whether all values of a dtype are values of another one, of the same kind."""
     kind = {"V": "f"}  # bfloat16
     same = kind.get(wide.kind, wide.kind) == kind.get(narrow.kind, narrow.kind)
     return same and np.can_cast(narrow, wide)

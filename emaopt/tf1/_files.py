@@ -1,104 +1,187 @@
-"""TF1's checkpoint files, by TensorFlow's own reader and writer, which the first call loads."""
+"""Read and write TF1's checkpoint files, by TensorFlow, which is loaded at the first call."""
 
-import importlib
 import os
 import re
-from collections.abc import Iterable
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from emaopt._extras import require
+
 from ._rename import Shape
 
 
+ENDING = r"\.(index|meta|data-\d+-of-\d+)$"  # of the files that belong to one prefix
+_PATTERN = r"[*?\[\\]"  # TensorFlow takes these characters of a path for a pattern
+
+
 class Checkpoint:
-    """A checkpoint on disk. `stored`: the shape and dtype of every variable."""
+    """A checkpoint on disk.
+
+    `prefix`: where it is. `stored`: the shape and the dtype of every variable, by name.
+    """
 
     def __init__(self, path: Any):
-        self.tf = _tensorflow()
-        path = re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", os.fspath(path))
-        directory = path if self.tf.io.gfile.isdir(path) else os.path.dirname(path)
-        found = self.tf.io.gfile.glob(os.path.join(directory, "*.index"))
-        names = sorted(os.path.basename(file).removesuffix(".index") for file in found)
-        known = f"It has {names}." if names else ""
-        self.prefix = self.tf.train.latest_checkpoint(path) if directory == path else path
-        orbax = (os.path.join(path, *sub, "_CHECKPOINT_METADATA") for sub in ((), ("*",)))
-        if not names and any(map(self.tf.io.gfile.glob, orbax)):
-            raise ValueError(
-                f"path={path!r} is of Orbax. Call emaopt.checkpoint.resume or restore_averages, or "
-                "emaopt convert."
-            )
-        if self.prefix is None:
-            raise ValueError(
-                f"path={path!r} has no file 'checkpoint' that names its newest one. Pass a prefix, "
-                f"such as {os.path.join(path, 'model.ckpt-20')}. {known}".rstrip()
-            )
+        given = os.fspath(path)
+        self.prefix, known = _prefix(re.sub(ENDING, "", given))
+        there = f" It has {known}." if known else ""
         try:
-            self.reader = self.tf.train.load_checkpoint(self.prefix)
-        except (self.tf.errors.OpError, ValueError, RuntimeError) as error:
+            self._reader = self._open()
+            shapes = self._reader.get_variable_to_shape_map()
+            dtypes = self._reader.get_variable_to_dtype_map()
+            self.stored: dict[str, tuple[Shape, np.dtype]] = {
+                name: (tuple(shape), np.dtype(dtypes[name].as_numpy_dtype))
+                for name, shape in shapes.items()
+            }
+        except Exception as error:
             raise ValueError(
-                f"path={path!r} is no checkpoint of TF1: {_first_line(error)}. Pass the prefix of "
-                f"one, such as run/model.ckpt-20, or its directory. {known}".rstrip()
+                f"path={given!r} is no checkpoint of TF1: {_reason(error)}. Pass the prefix of "
+                f"one, such as run/model.ckpt-20, or its directory.{there}"
             ) from error
-        dtypes = self.reader.get_variable_to_dtype_map()
-        self.stored: dict[str, tuple[Shape, np.dtype]] = {
-            name: (tuple(shape), np.dtype(dtypes[name].as_numpy_dtype))
-            for name, shape in self.reader.get_variable_to_shape_map().items()
-        }
+
+    def _open(self) -> Any:
+        """Open the checkpoint for reading.
+
+        TensorFlow finds nothing where the path has a `[` in it. There it reads through links, which
+        go away with this object.
+        """
+        tf = tensorflow()
+        if not re.search(_PATTERN, self.prefix) or "://" in self.prefix:
+            return tf.train.load_checkpoint(self.prefix)
+        links = tempfile.mkdtemp(prefix="emaopt-")
+        weakref.finalize(self, shutil.rmtree, links, ignore_errors=True)
+        directory, base = os.path.split(os.path.abspath(self.prefix))
+        for file in os.listdir(directory):
+            ending = file[len(base) :]
+            if file.startswith(base) and (not ending or re.fullmatch(ENDING, ending)):
+                os.symlink(os.path.join(directory, file), os.path.join(links, f"x{ending}"))
+        return tf.train.load_checkpoint(os.path.join(links, "x"))
 
     def value(self, name: str) -> np.ndarray:
-        """The value of a variable."""
+        """Read the value of a variable."""
         try:
-            return np.asarray(self.reader.get_tensor(name))
-        except (self.tf.errors.OpError, RuntimeError) as error:
+            return np.asarray(self._reader.get_tensor(name))
+        except Exception as error:  # of many types: a cut-off file is an IndexError
             raise ValueError(
                 f"checkpoint {self.prefix}: {name} cannot be read, the data is cut off, missing or "
-                f"damaged. ({_first_line(error)}) Use another checkpoint."
+                f"damaged. ({type(error).__name__}: {_reason(error)}) Use another checkpoint."
             ) from error
+
+
+def _prefix(path: str) -> tuple[str, list[str]]:
+    """Find the prefix that a path means, and the prefixes that are in its directory."""
+    tf = tensorflow()
+    directory = path if tf.io.gfile.isdir(path) else os.path.dirname(path)
+    files = tf.io.gfile.listdir(directory or os.curdir) if tf.io.gfile.isdir(directory) else []
+    known = sorted(file.removesuffix(".index") for file in files if file.endswith(".index"))
+    if not known and _is_orbax(tf, path):
+        raise ValueError(
+            f"path={path!r} is of Orbax. Call emaopt.checkpoint.resume or restore_averages, or "
+            "emaopt convert."
+        )
+    for file in (f"{path}.index", os.path.join(path, "checkpoint")):
+        if os.path.exists(file) and not os.path.isfile(file):  # to read a pipe would wait forever
+            raise ValueError(f"{file} is no file. Pass the prefix of a checkpoint.")
+    if directory != path:
+        return path, known
+    state = tf.train.get_checkpoint_state(path)
+    if state is None:
+        raise ValueError(
+            f"path={path!r} has no file 'checkpoint' that names its newest one. Pass a prefix, "
+            f"such as {os.path.join(path, 'model.ckpt-20')}."
+            + (f" It has {known}." if known else "")
+        )
+    return state.model_checkpoint_path, known
+
+
+def _is_orbax(tf: Any, path: str) -> bool:
+    """Return whether a directory is a checkpoint of Orbax, or has one below it."""
+    if not tf.io.gfile.isdir(path):
+        return False
+    below = [os.path.join(path, entry) for entry in tf.io.gfile.listdir(path)]
+    return any(
+        tf.io.gfile.exists(os.path.join(each, "_CHECKPOINT_METADATA")) for each in (path, *below)
+    )
 
 
 def check_prefix(path: Any) -> None:
-    """Raise unless a checkpoint can have this name."""
+    """Raise unless a checkpoint can be written with this prefix, and be found again."""
     path = os.fspath(path)
-    if not os.path.basename(path) or _tensorflow().io.gfile.isdir(path):
+    tf = tensorflow()
+    directory, base = os.path.split(path)
+    example = os.path.join(directory, "model.ckpt-20")
+    if not base or tf.io.gfile.isdir(path):
+        example = os.path.join(path, "model.ckpt-20")
+        raise ValueError(f"path={path!r} is a directory. Pass a prefix, such as {example}.")
+    if ending := re.search(ENDING, base):
         raise ValueError(
-            f"path={path!r} is a directory. Pass a prefix, such as "
-            f"{os.path.join(path, 'model.ckpt-20')}."
+            f"path={path!r} ends like a file of a checkpoint. Pass the prefix, "
+            f"{path.removesuffix(ending[0])}."
+        )
+    if re.search(_PATTERN, path):
+        raise ValueError(
+            f"path={path!r} has a *, ?, [ or \\ in it. TensorFlow takes that for a pattern and "
+            f"could not read the checkpoint. Pass another path, such as {example}."
+        )
+    newest = os.path.join(directory, "checkpoint")
+    if tf.io.gfile.exists(newest) and tf.train.get_checkpoint_state(directory or os.curdir) is None:
+        raise ValueError(
+            f"{newest} is not the file in which TF1 names its newest checkpoint, and would be "
+            "overwritten. Pass a path in another directory."
         )
 
 
 def write(path: Any, parts: Iterable[dict[str, np.ndarray]]) -> None:
-    """Write the values under their names, all of them or nothing, and note that it is the newest.
+    """Write a checkpoint, all of it or nothing, and name it as the newest one.
 
-    One part is in memory at a time.
+    Args:
+        path: The prefix.
+        parts: The values by name. One part is in memory at a time.
     """
-    tf = _tensorflow()
+    tf = tensorflow()
     directory, base = os.path.split(os.fspath(path))
     directory = directory or os.curdir
     temporary = os.path.join(directory, f"{base}.tmp{os.getpid()}")
     prefixes: list[str] = []
     try:
-        tf.io.gfile.makedirs(temporary)
+        with _writing(path):
+            tf.io.gfile.makedirs(temporary)
         for part in parts:
             prefixes.append(os.path.join(temporary, str(len(prefixes))))
-            _save(tf, prefixes[-1], part)
+            with _writing(path):
+                _save(tf, prefixes[-1], part)
             del part  # before the next one is read
-        with tf.Graph().as_default(), _session(tf) as session:
-            session.run(
-                tf.raw_ops.MergeV2Checkpoints(
-                    checkpoint_prefixes=prefixes, destination_prefix=os.path.join(directory, base)
+        with _writing(path):
+            with tf.Graph().as_default(), _session(tf) as session:
+                session.run(
+                    tf.raw_ops.MergeV2Checkpoints(
+                        checkpoint_prefixes=prefixes,
+                        destination_prefix=os.path.join(directory, base),
+                        delete_old_dirs=False,
+                    )
                 )
-            )
-        _note_newest(tf, directory, base)
-    except tf.errors.OpError as error:
-        raise OSError(f"{path} cannot be written: {_first_line(error)}") from error
+            _note_newest(tf, directory, base, temporary)
     finally:
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.rmtree(temporary)
 
 
+@contextmanager
+def _writing(path: Any) -> Iterator[None]:
+    """Turn every error of TensorFlow into one line that has its cause."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path} cannot be written: {_reason(error)}") from error
+
+
 def cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
-    """The same values in another dtype; nothing if a bit would be lost."""
+    """Return the same values in another dtype, or `None` if a bit would be lost."""
     if value.dtype == dtype:
         return value
     with np.errstate(over="ignore", invalid="ignore"):
@@ -106,8 +189,9 @@ def cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
         return narrow if narrow.astype(value.dtype).tobytes() == value.tobytes() else None
 
 
-def _tensorflow() -> Any:
-    return importlib.import_module("tensorflow")
+def tensorflow() -> Any:
+    """Load TensorFlow."""
+    return require("tensorflow", "tf1")
 
 
 def _save(tf: Any, prefix: str, values: dict[str, np.ndarray]) -> None:
@@ -123,24 +207,27 @@ def _save(tf: Any, prefix: str, values: dict[str, np.ndarray]) -> None:
 
 
 def _session(tf: Any) -> Any:
-    """A session of the current graph. The GPU's memory is JAX's."""
+    """Open a session of the current graph. It takes no memory of the GPU, which is JAX's."""
     return tf.compat.v1.Session(config=tf.compat.v1.ConfigProto(device_count={"GPU": 0}))
 
 
-def _note_newest(tf: Any, directory: str, base: str) -> None:
+def _note_newest(tf: Any, directory: str, base: str, temporary: str) -> None:
     """Name a checkpoint as the newest in the file `checkpoint`, after those that it has."""
     state = tf.train.get_checkpoint_state(directory)
-    older = (
-        [os.path.relpath(p, directory) for p in state.all_model_checkpoint_paths] if state else []
-    )
-    names = [*(name for name in older if name != base), base]
-    # a root, because paths are made relative to a directory that has none
+    older = state.all_model_checkpoint_paths if state else []
+    names = [os.path.relpath(path, directory) for path in older]
+    names = [*(name for name in names if name != base), base]
+    # a root, because TensorFlow makes paths relative to a directory that has none
     state = tf.compat.v1.train.generate_checkpoint_state_proto(os.sep, base, names)
-    temporary = os.path.join(directory, f"checkpoint.tmp{os.getpid()}")
-    with tf.io.gfile.GFile(temporary, "w") as file:
+    new = os.path.join(temporary, "checkpoint")
+    with tf.io.gfile.GFile(new, "w") as file:
         file.write(str(state))
-    tf.io.gfile.rename(temporary, os.path.join(directory, "checkpoint"), overwrite=True)
+    tf.io.gfile.rename(new, os.path.join(directory, "checkpoint"), overwrite=True)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".")
+def _reason(error: BaseException) -> str:
+    """Return what TensorFlow says in one line: of an error in a graph, the line with the cause."""
+    text = str(error)
+    in_graph = re.search(r"(.+)\n\s*\[\[\{\{node", text)
+    line = in_graph[1] if in_graph else (text.splitlines() or [type(error).__name__])[0]
+    return line.strip().rstrip(".")

@@ -1,24 +1,17 @@
-"""A leaf of a state and its variable in TF1: names, and the ready rules that lead to them."""
+"""TF1's names of the leaves here: the ready rules, and what `rename` and `average_name` mean."""
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from emaopt._average.ema import SwappedEmaState
-from emaopt._average.find import averages
-from emaopt._names import AVERAGE, STEP, names, origin
+from emaopt._names import AVERAGE, origin
 from emaopt._tree.checks import did_you_mean
-from emaopt._tree.numbers import dtype_of, is_inexact
-from emaopt._tree.paths import Tree
+from emaopt._tree.numbers import is_inexact
 
 
 Shape = tuple[int, ...]
-Rule = tuple[str, str] | tuple[str, str, Callable[[Shape], Shape]]
+Reshape = Callable[[Shape], Shape]
+Rule = tuple[str, str] | tuple[str, str, Reshape]
 Rename = Mapping[str, str] | Callable[[str], str] | Sequence[Rule]
 AverageName = str | Callable[[str], str]
 
@@ -37,9 +30,12 @@ TF_LAYERS: list[Rule] = [
     (r"\bBatchNorm_(\d+)/", r"batch_normalization_\1/"),
     (r"\b(dense|conv2d|batch_normalization)_0/", r"\1/"),
 ]
-"""From Linen's names to those of `tf.layers`: `Dense_1/kernel` to `dense_1/kernel`, `Conv_0/bias`
-to `conv2d/bias`, `BatchNorm_0/scale` to `batch_normalization/gamma`. Pass
-`{"params": ..., "batch_stats": ...}` for the moving mean and variance."""
+"""The rules from Linen's names to the names of `tf.layers`.
+
+They change `Dense_1/kernel` to `dense_1/kernel`, `Conv_0/bias` to `conv2d/bias`, and
+`BatchNorm_0/scale` to `batch_normalization/gamma`. To load the moving mean and variance as well,
+pass `{"params": ..., "batch_stats": ...}` as parameters.
+"""
 
 SLIM: list[Rule] = [
     *_LINEN,
@@ -49,152 +45,114 @@ SLIM: list[Rule] = [
     (r"\bDense_(\d+)/", r"fully_connected_\1/"),
     (r"\b(fully_connected|Conv|BatchNorm)_0/", r"\1/"),
 ]
-"""From Linen's names to Slim's. A module of one layer and its norm is one scope:
-`Stem/Conv_0/kernel` goes to `Stem/weights`, `Stem/BatchNorm_0/scale` to `Stem/BatchNorm/gamma`;
-outside of any module `Conv_1/kernel` goes to `Conv_1/weights`, `Dense_0/bias` to
-`fully_connected/biases`. A scope around it all is one rule more: `[*SLIM, ("^", "Net/")]`."""
+"""The rules from Linen's names to the names of Slim.
+
+In Slim, a module with one layer and its norm is one scope. So `Stem/Conv_0/kernel` becomes
+`Stem/weights`, and `Stem/BatchNorm_0/scale` becomes `Stem/BatchNorm/gamma`. Outside of a module,
+`Conv_1/kernel` becomes `Conv_1/weights`, and `Dense_0/bias` becomes `fully_connected/biases`. For a
+scope around all names, add one rule: `[*SLIM, ("^", "Net/")]`.
+"""
 
 
 def depthwise(pattern: str, replacement: str, multiplier: int = 1) -> Rule:
-    """The rule of a depthwise kernel, `[H, W, 1, C * multiplier]` here: `[H, W, C, multiplier]`.
+    """Return the rule for the kernel of a depthwise convolution, which has another shape in TF1.
 
-    >>> *_, shape = depthwise("Conv_3/kernel$", "separable/depthwise_kernel", multiplier=2)
-    >>> shape((3, 3, 1, 16))
-    (3, 3, 8, 2)
+    The kernel is `[H, W, 1, C * multiplier]` here and `[H, W, C, multiplier]` in TF1.
+
+    Args:
+        pattern: A regular expression that finds the kernel's name here.
+        replacement: What replaces the part that was found, as in `re.sub`.
+        multiplier: The number of filters per channel.
+
+    Returns:
+        A rule for the argument `rename` of `load`, `load_partial` and `save`.
+
+    Example:
+        >>> *_, shape = depthwise("Conv_3/kernel$", "separable/depthwise_kernel", multiplier=2)
+        >>> shape((3, 3, 1, 16))
+        (3, 3, 8, 2)
     """
-    return pattern, replacement, lambda s: (*s[:-2], s[-1] // multiplier, multiplier)
+
+    def reshape(shape: Shape) -> Shape:
+        return (*shape[:-2], shape[-1] // multiplier, multiplier)
+
+    return pattern, replacement, reshape
 
 
-class Leaf(NamedTuple):
-    """A leaf here, and its variable in TF1."""
+class Naming:
+    """Find the names that TF1 has for the leaves here."""
 
-    own: str
-    value: Any
-    name: str
-    shape: Shape
-    dtype: np.dtype
+    def __init__(self, rename: Rename | None, average_name: AverageName):
+        self.rename = {} if rename is None else rename
+        self.average = name_of_average(average_name)
+        self.rules = [] if isinstance(rename, Mapping) or callable(rename) else _rules(rename)
 
+    def parameter(self, own: str) -> str:
+        """Return TF1's name of a parameter."""
+        if isinstance(self.rename, Mapping):
+            return _checked(own, self.rename.get(own, own))
+        if callable(self.rename):
+            return _checked(own, self.rename(own))
+        return _checked(own, self._apply(own)[0])
 
-def leaves_in_tf1(
-    params: Tree,
-    opt_state: Tree,
-    swapped: bool,
-    name: str | None,
-    rename: Rename | None,
-    average_name: AverageName,
-) -> tuple[list[Leaf], list[str]]:
-    """All leaves in flattening order, and what is wrong with them."""
-    if any(isinstance(state, SwappedEmaState) for state in averages(opt_state).values()):
-        raise ValueError(
-            "opt_state is swapped already. Pass the state that training goes on with, and "
-            "swapped=True."
-        )
-    target = _renamer(rename)
-    of_average = name_of_average(average_name)
+    def shape(self, own: str, shape: Shape) -> Shape:
+        """Return the shape that TF1 has for a parameter, its slots and its averages."""
+        for reshape in self._apply(own)[1]:
+            shape = tuple(reshape(shape))
+        return shape
 
-    def in_tf1(own: str, value: Any) -> str:
-        of, kind, number = origin(own)
-        if isinstance(rename, Mapping) and own in rename:
-            return _checked(own, rename[own])
+    def of_state(self, own: str, value: Any) -> str:
+        """Return TF1's name of a leaf of the state."""
+        owner, kind, number = origin(own)
+        if isinstance(self.rename, Mapping) and own in self.rename:
+            return _checked(own, self.rename[own])
         if not kind:
             return own
+        variable = self.parameter(owner)
         if kind != AVERAGE:
-            return f"{target(of)[0]}/{kind}{number}"
+            return f"{variable}/{kind}{number}"
         if not is_inexact(value):
-            return target(of)[0]  # TF1 averages no integers: the newest value is the variable
-        return _checked(own, of_average(target(of)[0])) + number
+            return variable  # TF1 does not average integers: the newest value is the variable
+        return _checked(own, self.average(variable)) + number
 
-    own = names(params), names(opt_state)
-    tf1 = jax.tree.map(lambda n: target(n)[0], own[0]), jax.tree.map(in_tf1, own[1], opt_state)
-    dtypes = dict(zip(jax.tree.leaves(tf1[0]), map(dtype_of, jax.tree.leaves(params)), strict=True))
-    if swapped:
-        exchange = _exchange(own[1], tf1[1], lambda n: target(n)[0], name)
-        tf1 = jax.tree.map(lambda n: exchange.get(n, n), tf1)
-    rows = zip(*map(jax.tree.leaves, (own, (params, opt_state), tf1)), strict=True)
-    found: list[Leaf] = []
-    problems: list[str] = []
-    if isinstance(rename, Mapping):
-        known = jax.tree.leaves(own)
-        problems += [
+    def unknown(self, known: Sequence[str]) -> list[str]:
+        """Return a complaint about each key of the dict `rename` that is the name of no leaf."""
+        if not isinstance(self.rename, Mapping):
+            return []
+        return [
             f"rename has {key!r}, which is no name here.{did_you_mean(key, known)}"
-            for key in rename.keys() - set(known)
+            for key in self.rename.keys() - set(known)
         ]
-    taken: dict[str, str] = {}
-    for i, (mine, value, variable) in enumerate(rows):
-        of, kind, _ = origin(mine) if i >= len(dtypes) else (mine, "param", "")
-        of_tf1, reshapes = target(of) if kind else (variable, [])
-        shape = np.shape(value)
-        for reshape in reshapes:
-            shape = tuple(reshape(shape))
-        if math.prod(shape) != math.prod(np.shape(value)):
-            problems.append(f"{mine} has shape {np.shape(value)}; its rule in rename makes {shape}")
-        counts = mine == STEP and dtype_of(value).kind == "i"
-        # one step is all steps, one integer is its average
-        shares = (kind or counts) and not is_inexact(value) and taken.get(variable) == of
-        if variable in taken and not shares:
-            problems.append(f"{taken[variable]} and {mine} would both be {variable}")
-        taken.setdefault(variable, mine)
-        if jnp.issubdtype(dtype_of(value), jax.dtypes.prng_key):
-            problems.append(f"{mine} is a random key, which TF1 has no variable for")
-        dtype = np.dtype(np.int64) if counts else dtypes.get(of_tf1, dtype_of(value))
-        found.append(Leaf(mine, value, variable, shape, dtype))
-    return found, problems
+
+    def _apply(self, own: str) -> tuple[str, list[Reshape]]:
+        """Apply each rule to the name that the rule before it made."""
+        name, reshapes = own, []
+        for pattern, replacement, reshape in self.rules:
+            name, count = pattern.subn(replacement, name)
+            if count:
+                reshapes += reshape
+        return name, reshapes
 
 
-def _exchange(
-    own: Tree, tf1: Tree, target: Callable[[str], str], name: str | None
-) -> dict[str, str]:
-    """The names of variables to those of their averages, and back."""
-    known = averages(own)
-    if not known or name not in {None, *known}:
-        raise ValueError(
-            f"name={name!r} is no average of opt_state, which has {list(known)}. Pass the state of "
-            "a chain with emaopt.ema in it, or swapped=False."
-        )
-    pairs: dict[str, str] = {}
-    for each in known if name is None else [name]:
-        shadows = jax.tree.leaves(known[each].shadow), jax.tree.leaves(averages(tf1)[each].shadow)
-        for mine, average in zip(*shadows, strict=True):
-            variable = target(origin(mine)[0])
-            if variable in pairs:
-                raise ValueError(
-                    f"name is missing: {variable!r} has several averages. Pass name=, one of: "
-                    f"{', '.join(map(repr, known))}."
-                )
-            pairs[variable] = average
-    return pairs | {average: variable for variable, average in pairs.items()}
-
-
-def _renamer(rename: Rename | None) -> Callable[[str], tuple[str, list[Callable[[Shape], Shape]]]]:
-    """From a parameter's name here to its name in TF1, and the functions that make its shape."""
-    if rename is None:
-        rename = {}
-    if isinstance(rename, Mapping):
-        return lambda name: (_checked(name, rename.get(name, name)), [])
-    if callable(rename):
-        return lambda name: (_checked(name, rename(name)), [])
+def _rules(rename: Any) -> list[tuple[re.Pattern, str, list[Reshape]]]:
+    """Compile the rules, so that a wrong one is found before anything is read."""
     try:
-        rules = [(re.compile(p), replacement, shape) for p, replacement, *shape in rename]
+        rules = [(re.compile(p), text, reshape) for p, text, *reshape in rename or ()]
         for pattern, replacement, _ in rules:
-            pattern.sub(replacement, "")  # a bad replacement is found here
+            pattern.sub(replacement, "")  # raises if the replacement names a group that is absent
     except (re.error, TypeError, ValueError) as error:
         raise ValueError(
             f"rename={rename!r} is not a dict, a function or a list of rules: {error}. Pass rules "
             "(pattern, replacement), as for re.sub."
         ) from None
-
-    def apply(given: str) -> tuple[str, list]:
-        name, shapes = given, []
-        for pattern, replacement, shape in rules:
-            name, count = pattern.subn(replacement, name)
-            shapes += shape if count else []
-        return _checked(given, name), shapes
-
-    return apply
+    return rules
 
 
 def name_of_average(average_name: AverageName) -> Callable[[str], str]:
-    """From a variable's name to its average's: `slow` and `{}/slow` lead from `w` to `w/slow`."""
+    """Return the function from a variable's name to its average's name.
+
+    `slow` and `{}/slow` both lead from `w` to `w/slow`.
+    """
     if callable(average_name):
         return average_name
     template = average_name if "{}" in average_name else f"{{}}/{average_name}"

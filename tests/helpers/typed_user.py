@@ -227,8 +227,8 @@ def from_tf1(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.O
     rules = [*tf1.TF_LAYERS, *tf1.SLIM, tf1.depthwise("kernel$", "depthwise_kernel")]
     variables = assert_type(tf1.inspect("/model.ckpt"), list[tf1.Variable])
     print(variables[0].name, variables[0].becomes)
-    *_, skipped = tf1.load("/model.ckpt", params, opt_state, strict=False)
+    params, opt_state, skipped = tf1.load_partial("/model.ckpt", params, opt_state)
     assert_type(skipped, dict[str, str])
     params, opt_state = tf1.load("/model.ckpt", params, opt_state, rename=rules)
-    tf1.save("/model.ckpt-2", params, opt_state, rename={"w": "weights"})
+    tf1.save("/model.ckpt-2", params, opt_state, rename={"w": "weights"}, like="/model.ckpt")
     return params, opt_state
