@@ -1,69 +1,134 @@
 """The command line: `emaopt`, or `python -m emaopt`. Each command imports what it needs."""
 
 import argparse
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import emaopt
+from emaopt._commands.running import open_streams, run
+from emaopt._extras import require
+from emaopt._tree.checks import printable
 
 
-# nothing is computed, so nothing needs an accelerator, or to be told how one would be used
-_QUIET = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+_LONGEST = 2000  # characters of an error
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong argument gets one line."""
+    """A parser that says in one line what is wrong with an argument."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+        text = printable(" ".join(message.split()).rstrip("."))
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+        self.exit(2, f"{self.prog}: {text}. See {self.prog} --help.\n")
+
+
+class _Completion(argparse.Action):
+    """Print the script with which a shell completes `emaopt`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            shtab = require("shtab", "completion")
+        except ModuleNotFoundError as error:
+            parser.error(str(error))
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command that the arguments name."""
+    open_streams()
+    arguments = vars(make_parser().parse_args(argv))
+    run(arguments.pop("parser"), arguments.pop("target"), arguments.pop("extra"), arguments)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of all commands. It imports none of them."""
     parser = _Parser(prog="emaopt", description="Averages of the parameters, for JAX and Optax.")
     parser.add_argument("--version", action="version", version=f"emaopt {emaopt.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        dest=argparse.SUPPRESS,
+        choices=["bash", "zsh", "tcsh"],
+        help="print a script with which this shell completes emaopt, and exit",
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_ls(commands)
+    _add_diff(commands)
     _add_convert(commands)
     _add_synthesize(commands)
-    _add_diff(commands)
-    arguments = vars(parser.parse_args(argv))
-    arguments.pop("command")(**arguments)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction,
+    name: str,
+    target: str,
+    *,
+    help: str,
+    description: str,
+    examples: list[str],
+    extra: str = "",
+) -> argparse.ArgumentParser:
+    """Add a command, and return its parser, to which its arguments are added.
+
+    Args:
+        commands: What to add it to.
+        name: The command.
+        target: What runs it, as `module:function`. It is imported when it is called. The function
+            gets all arguments by name, and returns the exit code, or nothing.
+        help: A line for `emaopt --help`.
+        description: What it does, in lines of at most 80 characters.
+        examples: Lines of the command line.
+        extra: The extra of emaopt that installs what the module imports, if there is one.
+    """
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(parser=parser, target=target, extra=extra)
+    return parser
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
-    demo = commands.add_parser(
+    demo = _add(
+        commands,
         "demo",
+        "emaopt._commands.demo:command",
         help="train a small network on handwritten digits and see what averaging does",
         description=(
             "Train a small convolutional network on real handwritten digits, on the CPU, in less\n"
-            "than a minute. After each epoch: the test accuracy of the raw and of the averaged\n"
-            "parameters, and a checkpoint with the averages under the original names. In the\n"
-            "end: a picture, and another process that reads the checkpoint with plain Orbax."
+            "than a minute. After each epoch it prints the test accuracy of the raw and of the\n"
+            "averaged parameters, and saves a checkpoint with the averages under the original\n"
+            "names. At the end it draws a picture, and another process reads the checkpoint with\n"
+            "plain Orbax."
         ),
-        epilog=(
-            "examples:\n"
-            "  emaopt demo\n"
-            "  emaopt demo --epochs 60 --resume         go on, also after Ctrl-C or a crash\n"
-            "  emaopt demo --seed 1 --out other-seed    another run beside it\n"
-            "  emaopt demo --tensorboard logs           then: tensorboard --logdir logs\n"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=[
+            "emaopt demo",
+            "emaopt demo --epochs 60 --resume         go on, also after Ctrl-C or a crash",
+            "emaopt demo --seed 1 --out other-seed    another run beside it",
+            "emaopt demo --tensorboard logs           then: tensorboard --logdir logs",
+        ],
+        extra="demo",
     )
     demo.add_argument(
-        "--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="default: %(default)s"
+        "--seed",
+        type=_whole(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="the seed of parameters and batches; default: %(default)s",
     )
     demo.add_argument(
         "--epochs",
         type=_whole(1, 10**6),
         default=30,
         metavar="N",
-        help="of the whole run, those before --resume too; default: %(default)s",
+        help="epochs of the whole run, including those before --resume; default: %(default)s",
     )
     demo.add_argument(
         "--out",
@@ -75,58 +140,68 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in DIR; the outcome is the same, bit for bit, as without the break",
+        help="go on with the run in DIR; the result is the same, bit for bit, as without the break",
     )
     demo.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="write curves, histograms and the graph"
     )
 
-    def command(**arguments):
-        with _one_line(demo, "demo"):
-            from emaopt._commands.demo import run
-
-            try:
-                run(**arguments)
-            except KeyboardInterrupt:
-                print("\nemaopt demo: interrupted. With --resume it continues.", file=sys.stderr)
-                raise
-
-    demo.set_defaults(command=command)
-
 
 def _add_ls(commands: argparse._SubParsersAction) -> None:
-    ls = commands.add_parser(
+    ls = _add(
+        commands,
         "ls",
-        help="what is in a checkpoint of TF1 or Orbax",
+        "emaopt._commands.ls:command",
+        help="list what is in a checkpoint of TF1 or Orbax, or in a .safetensors file",
         description=(
-            "List the leaves of a checkpoint, of TF1 or of Orbax: name, shape, dtype, size, and\n"
-            "what it is: a variable, or the average, a slot or the raw parameter of which one.\n"
-            "Only metadata is read."
+            "List the leaves of a checkpoint: name, shape, dtype and bytes, in groups that say\n"
+            "what they are: variables, averages, slots of an optimizer, raw parameters. A run\n"
+            "means its newest checkpoint. Only metadata is read."
         ),
-        epilog=(
-            "examples:\n"
-            "  emaopt ls run/model.ckpt-20     TF1, by prefix; of a directory, its newest\n"
-            "  emaopt ls emaopt-demo/checkpoints         Orbax: the newest finished step\n"
-            "  emaopt ls emaopt-demo/checkpoints/30 --json\n"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=[
+            "emaopt ls run/model.ckpt-20               TF1, by its prefix",
+            "emaopt ls emaopt-demo/checkpoints         Orbax: the newest finished step",
+            "emaopt ls emaopt-demo/checkpoints/30 --averages",
+            "emaopt ls averages.safetensors --json",
+        ],
     )
-    ls.add_argument("checkpoint", metavar="CHECKPOINT", help="a prefix or a directory")
-    ls.add_argument("--json", action="store_true", dest="as_json", help="for machines")
+    ls.add_argument("checkpoint", metavar="CHECKPOINT", help="a prefix, a file or a directory")
+    ls.add_argument("--averages", action="store_true", help="list the averages only")
+    ls.add_argument("--json", action="store_true", dest="as_json", help="print JSON, ungrouped")
 
-    def command(**arguments):
-        with _one_line(ls):
-            from emaopt._commands.ls import show
 
-            show(**arguments)
-
-    ls.set_defaults(command=command)
+def _add_diff(commands: argparse._SubParsersAction) -> None:
+    diff = _add(
+        commands,
+        "diff",
+        "emaopt._commands.diff:command",
+        help="compare two checkpoints, or the averages and the parameters of one",
+        description=(
+            "Compare two checkpoints of TF1 or Orbax, or .safetensors files, leaf by leaf: the\n"
+            "largest difference, and the L2 norm of the difference relative to the larger of both\n"
+            "norms. What differs most comes first. Without B, the averages in A are compared with\n"
+            "the parameters in A.\n\n"
+            "If one of them is of TF1, the other one is compared as what emaopt convert would\n"
+            "make of it.\n\n"
+            "The exit code is 0 if all is equal, 1 if anything differs, 2 if anything is wrong."
+        ),
+        examples=[
+            "emaopt diff emaopt-demo/checkpoints/10 emaopt-demo/checkpoints/20",
+            "emaopt diff emaopt-demo/checkpoints        its averages against its parameters",
+            "emaopt diff run/model.ckpt-20 converted --json",
+        ],
+    )
+    diff.add_argument("a", metavar="A", help="as for emaopt ls")
+    diff.add_argument("b", metavar="B", nargs="?", help="another one")
+    diff.add_argument("--json", action="store_true", dest="as_json", help="print JSON, all leaves")
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
-    convert = commands.add_parser(
+    convert = _add(
+        commands,
         "convert",
-        help="a checkpoint of TF1 as one of Orbax, or back",
+        "emaopt._commands.convert:convert",
+        help="make an Orbax checkpoint of a TF1 checkpoint, or back",
         description=(
             "Write a checkpoint of TF1 as one of Orbax, or one of Orbax as one of TF1.\n\n"
             "From TF1, by name, whatever the optimizer was:\n"
@@ -137,29 +212,32 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
             "Back from there: the names, shapes, dtypes and bits that TF1 wrote. Any other\n"
             "checkpoint of Orbax becomes what emaopt.tf1.save writes; strings are left out.\n\n"
             "TF1's swapping_saver writes the averages under the names of the variables, and the\n"
-            "variables under those of the averages. With --swapped, the checkpoint of TF1 is of\n"
-            "that form, whether it is SOURCE or DESTINATION."
+            "variables under those of the averages. Pass --swapped if the checkpoint of TF1 is of\n"
+            "that form, as SOURCE or as DESTINATION."
         ),
-        epilog=(
-            "examples:\n"
-            "  emaopt convert run/model.ckpt-20 converted\n"
-            "  emaopt convert converted again/model.ckpt-20\n"
-            "  emaopt convert --averages run/model.ckpt-20 for-serving\n"
-            "  emaopt convert --average-name MovingAverage/{}/average run/model.ckpt-20 converted\n"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=[
+            "emaopt convert run/model.ckpt-20 converted",
+            "emaopt convert converted again/model.ckpt-20",
+            "emaopt convert --averages run/model.ckpt-20 for-serving",
+            "emaopt convert --average-name MovingAverage/{}/average run/model.ckpt-20 converted",
+        ],
     )
     convert.add_argument("source", metavar="SOURCE", help="as for emaopt ls")
     convert.add_argument(
-        "destination", metavar="DESTINATION", help="a directory for Orbax, a prefix for TF1; new"
+        "destination",
+        metavar="DESTINATION",
+        help="a new directory for Orbax, or a new prefix for TF1",
     )
     convert.add_argument(
         "--averages",
         action="store_true",
-        help="the averages only, under the names of the variables; one without is itself",
+        help="write only the averages, under the names of the variables; a variable without one "
+        "is written itself",
     )
     convert.add_argument(
-        "--swapped", action="store_true", help="TF1's side is what its swapping_saver writes"
+        "--swapped",
+        action="store_true",
+        help="the checkpoint of TF1 is of the form of its swapping_saver",
     )
     convert.add_argument(
         "--average-name",
@@ -168,18 +246,12 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         help="the name= of TF1's ExponentialMovingAverage; {} in it stands for the variable",
     )
 
-    def command(**arguments):
-        with _one_line(convert, "tf1"):
-            from emaopt._commands.convert import convert as run
-
-            run(**arguments)
-
-    convert.set_defaults(command=command)
-
 
 def _add_synthesize(commands: argparse._SubParsersAction) -> None:
-    synthesize = commands.add_parser(
+    synthesize = _add(
+        commands,
         "synthesize",
+        "emaopt._commands.synthesize:command",
         help="another average from the checkpoints of a run, after training",
         description=(
             "Add up the averages in the checkpoints of a run to one of another length, and write\n"
@@ -189,15 +261,14 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
             "What the recorded averages are, their ledgers say: emaopt.ema(..., ledger=True).\n"
             "Leaves of params that are not averaged are those of the newest checkpoint."
         ),
-        epilog=(
-            "examples:\n"
-            "  emaopt synthesize run                              what is within reach?\n"
-            "  emaopt synthesize run --sigma-rel 0.15 out\n"
-            "  emaopt synthesize run --window 5000 --at 20000 out\n"
-            "  emaopt synthesize run --source fast=decay:0.99 --source slow=decay:0.998 \\\n"
-            "                        --half-life 700 out\n"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=[
+            "emaopt synthesize run                              what is within reach?",
+            "emaopt synthesize run --sigma-rel 0.15 out",
+            "emaopt synthesize run --window 5000 --at 20000 out",
+            "emaopt synthesize run --source fast=decay:0.99 --source slow=decay:0.998 \\",
+            "                      --half-life 700 out",
+        ],
+        extra="posthoc",
     )
     synthesize.add_argument("run", metavar="RUN", help="a directory with checkpoints of Orbax")
     synthesize.add_argument(
@@ -240,72 +311,6 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
         "--plot", type=Path, metavar="FILE", help="draw the predicted error over sigma_rel"
     )
     synthesize.add_argument("--json", action="store_true", dest="as_json", help="for machines")
-
-    def command(**arguments):
-        with _one_line(synthesize, "posthoc"):
-            from emaopt._commands.synthesize import command as run
-
-            run(**arguments)
-
-    synthesize.set_defaults(command=command)
-
-
-def _add_diff(commands: argparse._SubParsersAction) -> None:
-    diff = commands.add_parser(
-        "diff",
-        help="how far apart two checkpoints are, or averages and parameters",
-        description=(
-            "Compare two checkpoints, of TF1 or of Orbax, leaf by leaf: the largest difference,\n"
-            "and the L2 norm of the difference relative to the larger of both. What differs most\n"
-            "comes first. Without B: the averages in A, and the parameters in it.\n\n"
-            "If one of them is of TF1, the other one is compared as what emaopt convert would\n"
-            "make of it.\n\n"
-            "The exit code is 0 if all is equal, 1 if anything differs, 2 if anything is wrong."
-        ),
-        epilog=(
-            "examples:\n"
-            "  emaopt diff emaopt-demo/checkpoints/10 emaopt-demo/checkpoints/20\n"
-            "  emaopt diff emaopt-demo/checkpoints        its averages against its parameters\n"
-            "  emaopt diff run/model.ckpt-20 converted --json\n"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    diff.add_argument("a", metavar="A", help="as for emaopt ls")
-    diff.add_argument("b", metavar="B", nargs="?", help="another one")
-    diff.add_argument("--json", action="store_true", dest="as_json", help="for machines")
-
-    def command(a, b, as_json):
-        differs = False
-        with _one_line(diff, "tf1"):
-            from emaopt._commands.diff import compare, show
-
-            found = compare(a, b)
-            differs = not found.equal
-            show(found, a, b, as_json)
-        if differs:
-            sys.exit(1)
-
-    diff.set_defaults(command=command)
-
-
-@contextmanager
-def _one_line(parser: argparse.ArgumentParser, extra: str = "") -> Iterator[None]:
-    """What is wrong gets one line; a missing package, the name of the extra that has it."""
-    for variable, value in _QUIET.items():
-        os.environ.setdefault(variable, value)
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ModuleNotFoundError as error:
-        extra = "tensorboard" if error.name == "tensorboardX" else extra
-        install = f'{error.name} is not installed. pip install "emaopt[{extra}]"'
-        parser.error(install if extra else str(error))
-    except (ValueError, OSError, argparse.ArgumentError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:

@@ -1,48 +1,52 @@
-"""How far apart two checkpoints are, of TF1 or of Orbax; or the averages of one and its parameters.
+"""`emaopt diff`: how far apart two checkpoints are, or the averages of one and its parameters.
 
-Two of Orbax are compared by the names that `emaopt ls` shows. If one is of TF1, both are by TF1's
-names: the one of Orbax is what `emaopt convert` would make of it. A part of each is read at a time.
+Two of Orbax are compared by the names that `emaopt ls` shows. If one is of TF1, both are compared
+by TF1's names: the one of Orbax is what `emaopt convert` would make of it. A part of each is read
+at a time.
 """
 
 import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from time import monotonic
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils.epath import Path
 
 from emaopt._names import AVERAGE, origin
-from emaopt._tree.checks import describe
+from emaopt._tree.checks import describe, printable
 from emaopt._tree.numbers import dtype_of, is_inexact
 from emaopt._tree.paths import KeyPath
 from emaopt.checkpoint._contents import DIGESTS
 from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
+from emaopt.tf1._files import Checkpoint, cast
 
-from .paths import absolute, is_tf1
+from . import paths, safetensors
+from .convert.layout import Form, in_tf1
+from .paths import Path
+from .progress import watched
 
 
-BYTES_AT_ONCE = 2**25  # of each checkpoint, read
-ELEMENTS_AT_ONCE = 2**20  # compared
+BYTES_AT_ONCE = 2**25  # of each checkpoint that are read at once
+ELEMENTS_AT_ONCE = 2**20  # that are compared at once
 
 
 class Side(NamedTuple):
-    """What is compared. `sizes`: bytes, by name; `read`: some values, by name."""
+    """One side of a comparison. `sizes`: bytes, by name; `read`: read some values, by name."""
 
     sizes: dict[str, int]
     read: Callable[[list[str]], dict[str, Any]]
 
 
 class Compared(NamedTuple):
-    """A leaf on both sides: dtype and shape, the largest difference, and that of the norms.
+    """A leaf on both sides.
 
-    `relative`: the L2 norm of the difference, of the larger one of both norms. Where the shapes
-    differ or the values are strings, there are no numbers.
+    `a`, `b`: dtype and shape. `max_abs`: the largest difference of an element. `relative`: the L2
+    norm of the difference, divided by the larger one of both norms. Where the shapes differ or the
+    values are strings, there are no numbers. `squares`: the three norms, squared.
     """
 
     name: str
@@ -55,7 +59,7 @@ class Compared(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The leaves on both sides, those that differ most first, and those on one side."""
+    """The leaves on both sides, those that differ most first, and the names on one side only."""
 
     leaves: list[Compared]
     only_in_a: list[str]
@@ -67,25 +71,52 @@ class Difference(NamedTuple):
         return not (self.only_in_a or self.only_in_b) and all(x.equal for x in self.leaves)
 
     def total(self) -> tuple[float, float]:
-        """`max_abs` and `relative` of all floating-point leaves together."""
+        """Return `max_abs` and `relative` of all floating-point leaves together."""
         found = [leaf for leaf in self.leaves if leaf.squares]
         squares = np.sum([(0.0, 0.0, 0.0), *(leaf.squares for leaf in found)], axis=0)
         most = np.max([leaf.max_abs or 0.0 for leaf in found], initial=0.0)
         return float(most), _relative(*squares)
 
 
+def command(a: str, b: str | None, as_json: bool) -> int:
+    """Compare, print what differs, and return the exit code: 1 if anything differs."""
+    found = compare(a, b)
+    with suppress(BrokenPipeError):  # the reader has seen enough; the exit code is still wanted
+        show(found, a, b, as_json)
+    return 0 if found.equal else 1
+
+
 def compare(a: str, b: str | None = None) -> Difference:
-    """Two checkpoints; of one alone, the averages and their parameters."""
-    here = absolute(a)
-    if b is None:
-        return _compare(*(_averages_of_tf1 if is_tf1(here) else _averages_of_orbax)(here))
-    sides = {path: is_tf1(path) for path in (here, absolute(b))}
-    of_orbax = _renamed if any(sides.values()) else _as_stored
-    return _compare(*((_of_tf1 if sides[p] else of_orbax)(p) for p in (here, absolute(b))))
+    """Compare two checkpoints, or the averages of one with its parameters."""
+    here = paths.find(a)
+    there = None if b is None else paths.find(b)
+    if paths.TF1 in (here.format, there and there.format):
+        paths.load_tensorflow()
+    if there is None:
+        return _compare(*_averages_and_parameters(here))
+    by_tf1 = paths.TF1 in (here.format, there.format)
+    return _compare(_side(here, by_tf1), _side(there, by_tf1))
+
+
+def _side(place: paths.Place, by_tf1: bool) -> Side:
+    """Return one side. `by_tf1`: whether the leaves have TF1's names."""
+    if place.format == paths.TF1:
+        return _of_tf1(place.path)
+    if place.format == paths.SAFETENSORS:
+        return _of_safetensors(place.path)
+    return _renamed(place.path) if by_tf1 else _as_stored(place.path)
+
+
+def _averages_and_parameters(place: paths.Place) -> tuple[Side, Side]:
+    if place.format == paths.TF1:
+        return _averages_of_tf1(place.path)
+    if place.format == paths.ORBAX:
+        return _averages_of_orbax(place.path)
+    raise _no_average(place.path)
 
 
 def show(found: Difference, a: str, b: str | None, as_json: bool) -> None:
-    """Print it: as JSON, all of it; as text, what differs."""
+    """Print a difference: all leaves as JSON, or what differs as text."""
     largest, relative = found.total()
     if as_json:
         rows = [
@@ -106,10 +137,10 @@ def show(found: Difference, a: str, b: str | None, as_json: bool) -> None:
     for leaf in differ:
         numbers = (f"{'-' if x is None else f'{x:.3g}':>10}" for x in (leaf.max_abs, leaf.relative))
         note = f": {leaf.a} in A, {leaf.b} in B" if leaf.a != leaf.b else ""
-        print(*numbers, f"{leaf.name}{note}", sep="  ")
+        print(*numbers, f"{printable(leaf.name)}{note}", sep="  ")
     for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         for name in names:
-            print(f"only in {side}: {name}")
+            print(f"only in {side}: {printable(name)}")
     print(
         f"\n{len(differ)} of {len(found.leaves)} common leaves differ; "
         f"without integers, together: max abs {largest:.3g}, relative {relative:.3g}"
@@ -117,34 +148,37 @@ def show(found: Difference, a: str, b: str | None, as_json: bool) -> None:
 
 
 def _of_tf1(path: Path) -> Side:
-    from emaopt.tf1._files import Checkpoint
-
     checkpoint = Checkpoint(path)
     sizes = {name: size(*about) for name, about in sorted(checkpoint.stored.items())}
     return Side(sizes, lambda names: {name: checkpoint.value(name) for name in names})
 
 
+def _of_safetensors(path: Path) -> Side:
+    found = safetensors.tensors(path)
+    sizes = {name: size(tensor.shape, tensor.dtype) for name, tensor in found.items()}
+    return Side(sizes, lambda names: {n: safetensors.value(path, found[n]) for n in names})
+
+
 def _as_stored(path: Path) -> Side:
     stored = Stored(locate(path, None))
-    paths = {"/".join(filter(None, p)): p for p in stored.paths() if p[0] != DIGESTS}
-    return _in_orbax(stored, dict(sorted(paths.items())))
+    names = paths.shown(path for path in stored.paths() if path[0] != DIGESTS)
+    by_name = {name: path for path, name in names.items()}
+    return _in_orbax(stored, dict(sorted(by_name.items())))
 
 
-def _in_orbax(stored: Stored, paths: dict[str, KeyPath]) -> Side:
+def _in_orbax(stored: Stored, at: dict[str, KeyPath]) -> Side:
+    """Return some leaves of a checkpoint of Orbax. `at`: their key paths, by name."""
+
     def read(names):
-        values = stored.read({paths[name] for name in names})
-        return {name: values[paths[name]] for name in names}
+        values = stored.read({at[name] for name in names})
+        return {name: values[at[name]] for name in names}
 
-    leaves = {name: stored.leaf(path) for name, path in paths.items()}
+    leaves = {name: stored.leaf(path) for name, path in at.items()}
     return Side({name: size(shape(x), dtype_of(x)) for name, x in leaves.items()}, read)
 
 
 def _renamed(path: Path) -> Side:
-    """A checkpoint of Orbax by TF1's names, in TF1's dtypes where they lose no bit."""
-    from emaopt.tf1._files import cast
-
-    from .convert.layout import Form, in_tf1
-
+    """Return a checkpoint of Orbax by TF1's names, in TF1's dtypes where they lose no bit."""
     stored = Stored(locate(path, None))
     variables, _ = in_tf1(stored, Form(averages=False, swapped=False, average_name=AVERAGE))
     plain = _in_orbax(stored, {n: variable.path for n, variable in sorted(variables.items())})
@@ -200,13 +234,17 @@ def _averages_of_orbax(path: Path) -> tuple[Side, Side]:
 
 def _check_any(found: dict[str, Any], path: Path) -> None:
     if not found:
-        raise ValueError(f"{path} holds no average to compare with its parameters. Pass B as well")
+        raise _no_average(path)
+
+
+def _no_average(path: Path) -> ValueError:
+    return ValueError(f"{path} holds no average to compare with its parameters. Pass B as well")
 
 
 def _compare(a: Side, b: Side) -> Difference:
     common = {name: bytes_ for name, bytes_ in a.sizes.items() if name in b.sizes}
     leaves = []
-    for part in _watched(parts(common, BYTES_AT_ONCE), common):
+    for part in watched(parts(common, BYTES_AT_ONCE), common, "compared"):
         ours, theirs = a.read(part), b.read(part)
         leaves += [_leaf(name, ours.pop(name), theirs.pop(name)) for name in part]
     return Difference(
@@ -217,7 +255,7 @@ def _compare(a: Side, b: Side) -> Difference:
 
 
 def _rank(leaf: Compared) -> tuple:
-    """What differs before what does not, and first what has no number, or NaN."""
+    """Return a key to sort by: what differs comes first, and of that what has no number, or NaN."""
     far = [math.inf if x is None or math.isnan(x) else x for x in (leaf.relative, leaf.max_abs)]
     return leaf.equal, *(-x for x in far), leaf.name
 
@@ -255,18 +293,5 @@ def _wide(x: np.ndarray) -> np.ndarray:
 
 
 def _finite(x: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
+    """Return `None` for NaN and infinity, which JSON has not."""
     return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def _watched(parts: Iterator[list[str]], sizes: dict[str, int]) -> Iterator[list[str]]:
-    """The same; a terminal is told after 2 seconds how far it is."""
-    start, done, told = monotonic(), 0, ""
-    for part in parts:
-        yield part
-        done += sum(sizes[name] for name in part)
-        if sys.stderr.isatty() and monotonic() - start > 2:
-            told = f"compared {done / sum(sizes.values()):4.0%}"
-            print(f"\r{told}", end="", file=sys.stderr, flush=True)
-    if told:
-        print(f"\r{' ' * len(told)}\r", end="", file=sys.stderr, flush=True)

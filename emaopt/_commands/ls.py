@@ -1,8 +1,8 @@
-"""What is in a checkpoint, of TF1 or of Orbax: its leaves, and what each one is. No value is read.
+"""`emaopt ls`: list the leaves of a checkpoint of TF1, Orbax or safetensors. No value is read.
 
-A variable, the average of one, a slot of one (`slot m of w`), a power, the global step; in a
-checkpoint that `emaopt.checkpoint.save` wrote, `params` holds the averages and the shadow the raw
-parameters.
+Every leaf has a role: a variable, the average of one, a slot of one (`slot m of w`), a power, the
+global step. In a checkpoint that `emaopt.checkpoint.save` wrote, `params` holds the averages and
+the shadow holds the raw parameters.
 """
 
 import json
@@ -10,20 +10,23 @@ import shutil
 import sys
 from typing import NamedTuple
 
-from etils.epath import Path
-
 from emaopt._names import role
+from emaopt._tree.checks import printable
 from emaopt._tree.numbers import dtype_of
 from emaopt.checkpoint._leaf import shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
+from emaopt.tf1 import inspect
 
-from .convert.layout import OTHER, TF1
-from .paths import absolute, is_tf1, load_tensorflow
+from . import paths, safetensors
+from .convert.layout import ITEM, OTHER
+
+
+WIDTH = 80  # of a table that is not shown on a terminal
 
 
 class Row(NamedTuple):
-    """A leaf of a checkpoint."""
+    """A leaf of a checkpoint, as it is listed."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,73 +35,99 @@ class Row(NamedTuple):
     bytes: int
 
 
-def show(checkpoint: str, as_json: bool = False) -> None:
-    """Print a table, as wide as the terminal at most, or JSON."""
-    path = absolute(checkpoint)
-    if is_tf1(path):
-        found = tf1_leaves(path)
+def command(checkpoint: str, averages: bool = False, as_json: bool = False) -> None:
+    """Print the leaves of a checkpoint.
+
+    Args:
+        checkpoint: What the command line names.
+        averages: Whether to list the averages only.
+        as_json: Whether to print JSON in place of a table.
+    """
+    place = paths.find(checkpoint)
+    path = place.path
+    if place.format == paths.TF1:
+        rows = rows_of_tf1(path)
+    elif place.format == paths.SAFETENSORS:
+        rows = rows_of_safetensors(path)
     else:
         path = locate(path, None)
-        found = orbax_leaves(Stored(path))
-    total = sum(leaf.bytes for leaf in found)
+        rows = rows_of_orbax(Stored(path))
+    if averages:
+        rows = [row for row in rows if row.role.startswith("average of ")]
+        if not rows:
+            raise ValueError(f"{path} holds no average. Leave out --averages to see what it holds")
+    total = sum(row.bytes for row in rows)
     if as_json:
-        rows = [leaf._asdict() for leaf in found]
-        print(json.dumps({"checkpoint": str(path), "leaves": rows, "bytes": total}, indent=1))
+        leaves = [row._asdict() for row in rows]
+        print(json.dumps({"checkpoint": str(path), "leaves": leaves, "bytes": total}, indent=1))
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print("\n".join([*table(found, width), "", f"{len(found)} leaves, {total:,} bytes: {path}"]))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    lines = table(rows, width)
+    print("\n".join([*lines, "", f"{len(rows)} leaves, {total:,} bytes: {printable(str(path))}"]))
 
 
-def tf1_leaves(path: Path) -> list[Row]:
-    """The variables of a checkpoint of TF1, by name."""
-    from emaopt.tf1 import inspect
-
-    load_tensorflow()
+def rows_of_tf1(path: paths.Path) -> list[Row]:
+    """Return the variables of a checkpoint of TF1, by name."""
+    paths.load_tensorflow()
     return [Row(v.name, v.shape, v.dtype, v.role, size(v.shape, v.dtype)) for v in inspect(path)]
 
 
-def orbax_leaves(stored: Stored) -> list[Row]:
-    """The leaves of a checkpoint of Orbax, by name."""
-    contents = stored.contents
-    converted = {path[-1] for path in stored.paths() if path[:2] == (TF1, OTHER)}
+def rows_of_safetensors(path: paths.Path) -> list[Row]:
+    """Return the tensors of a `.safetensors` file, by name."""
+    found = safetensors.tensors(path)
+    return [
+        Row(name, x.shape, str(x.dtype), role(name, found)[0], size(x.shape, x.dtype))
+        for name, x in found.items()
+    ]
+
+
+def rows_of_orbax(stored: Stored) -> list[Row]:
+    """Return the leaves of a checkpoint of Orbax, by name."""
+    contents, names = stored.contents, paths.shown(stored.paths())
+    converted = {path[-1] for path in names if path[:2] == (ITEM, OTHER)}
     known = converted | {"/".join(name) for name in contents.stored_params}
     rows = []
-    for path in stored.paths():
-        what = role(path[-1], known)[0] if path[:2] == (TF1, OTHER) else contents.role(path)
+    for path, name in names.items():
+        what = role(path[-1], known)[0] if path[:2] == (ITEM, OTHER) else contents.role(path)
         leaf = stored.leaf(path)
         dtype = str(dtype_of(leaf))
-        name = "/".join(filter(None, path))
         rows.append(Row(name, tuple(shape(leaf)), dtype, what, size(shape(leaf), dtype)))
     return sorted(rows)
 
 
-def table(leaves: list[Row], width: int | None) -> list[str]:
-    """Lines of aligned columns; names and roles are cut in the middle where they do not fit."""
-    rows = [("name", "shape", "dtype", "bytes", "role")]
-    for leaf in leaves:
-        dims = "[" + ",".join(map(str, leaf.shape)) + "]"
-        rows.append((leaf.name, dims, leaf.dtype, f"{leaf.bytes:,}", leaf.role))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    over = 0 if width is None else sum(widths) + 8 - width
-    if over > 0:
-        room = max(16, widths[0] + widths[4] - over)
-        widths[0] = max(min(widths[0], room // 2), room - widths[4])
-        widths[4] = room - widths[0]
-    lines = []
-    for name, dims, dtype, length, what in rows:
-        cells = (
-            f"{_cut(name, widths[0]):{widths[0]}}",
-            f"{dims:{widths[1]}}",
-            f"{dtype:{widths[2]}}",
-            f"{length:>{widths[3]}}",
-            _cut(what, widths[4]),
-        )
-        lines.append("  ".join(cells))
+def table(rows: list[Row], width: int) -> list[str]:
+    """Return the lines of a table: the leaves in groups, under the place and the role of a group.
+
+    A name that is too long for the width has a line of its own, so that it can be copied whole.
+    """
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    for row in rows:
+        title, name = _group(row)
+        groups.setdefault(title, []).append((name, row))
+    lines: list[str] = []
+    for title, members in groups.items():
+        lines += [*([""] if lines else []), printable(title)]
+        cells = [
+            (printable(name), f"[{','.join(map(str, row.shape))}]", row.dtype, f"{row.bytes:,}")
+            for name, row in members
+        ]
+        _, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+        room = max(16, width - sum(widths) - 2 * len(widths) - 2)
+        longest = min(room, max(len(name) for name, *_ in cells))
+        for name, dims, dtype, length in cells:
+            if len(name) > room:
+                lines.append(f"  {name}")
+                name = ""
+            numbers = f"{dims:{widths[0]}}  {dtype:{widths[1]}}  {length:>{widths[2]}}"
+            lines.append(f"  {name:{longest}}  {numbers}")
     return lines
 
 
-def _cut(text: str, width: int) -> str:
-    if len(text) <= width:
-        return text
-    start = (width - 1) // 2
-    return f"{text[:start]}…{text[start + 1 - width :]}"
+def _group(row: Row) -> tuple[str, str]:
+    """Return the title of the group that a leaf is listed in, and its name there."""
+    kind, of, owner = row.role.partition(" of ")
+    if of and row.name.endswith(f"/{owner}"):  # Orbax: opt_state/0/slots/m/w
+        return f"{row.name.removesuffix(f'/{owner}')}: {kind}", owner
+    if of and row.name.startswith(f"{owner}/"):  # TF1: w/Adam
+        return f"*{row.name.removeprefix(owner)}: {kind}", owner
+    return kind, row.name

@@ -1,45 +1,168 @@
-"""Paths on the command line: what they name, of TF1 or of Orbax."""
+"""Find the checkpoints that the command line names, and say what is in the way of a new one."""
 
-import importlib
 import os
+import re
+import shutil
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from etils.epath import Path
 
+from emaopt._extras import require
+from emaopt._tree.checks import printable
+from emaopt._tree.paths import KeyPath
 from emaopt.checkpoint._run import FINISHED, finished_steps
 
 
+TF1, ORBAX, SAFETENSORS = "TF1", "Orbax", "safetensors"
+
+
+class Place(NamedTuple):
+    """A checkpoint or a run: where it is, and its format."""
+
+    path: Path
+    format: str
+
+
 def absolute(path: str) -> Path:
-    """A path of the command line: one here, or one in a cloud, `gs://...`."""
-    return Path(path if "://" in path else os.path.abspath(path))
+    """Return a path of the command line as an absolute one; `gs://...` is one already."""
+    with _reaching(path):
+        return Path(path if "://" in path else os.path.abspath(path))
 
 
-def is_tf1(path: Path) -> bool:
-    """Whether there is a checkpoint of TF1, not of Orbax; an error if there is neither."""
-    if path.is_dir():
-        if finished_steps(path) or any((path / file).exists() for file in (FINISHED, "_METADATA")):
-            return False
-        if (path / "checkpoint").exists() or any(path.glob("*.index")):
-            return True
+def find(path: str) -> Place:
+    """Find the checkpoint or the run that an argument means.
+
+    A directory may hold it one level below. Then a line on stderr says which one is meant.
+    """
+    there = absolute(path)
+    with _reaching(path):
+        format_ = _format(there)
+    return Place(there, format_) if format_ else _near(there)
+
+
+@contextmanager
+def _reaching(path: Any) -> Iterator[None]:
+    """Turn every error of a file system, which may be in a cloud, into one line with its path."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"{path} cannot be reached: {type(error).__name__}: {error}. Pass a path on this "
+            "machine, or one that etils.epath.Path can open"
+        ) from error
+
+
+def _near(path: Path) -> Place:
+    """Find the only run that is one level below a directory, or say what there is instead."""
+    if not path.is_dir():
+        known = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
+        known = [name for name in known if not name.endswith(".meta")][:9]
+        there = f". {path.parent} has {', '.join(known)}" if known else ""
+        raise FileNotFoundError(f"{path} does not exist{there}")
+    below = [child for child in sorted(path.iterdir()) if child.is_dir() and _format(child)]
+    if not below:
         raise ValueError(
             f"{path} holds no finished checkpoint, neither of Orbax nor of TF1. Pass a run, one "
             "checkpoint, or a prefix such as model.ckpt-20"
         )
-    if path.exists() or Path(f"{path}.index").exists():
+    if len(below) > 1:
+        raise ValueError(
+            f"{path} holds several runs. Pass one of: {', '.join(str(run) for run in below[:9])}"
+        )
+    say(f"{path} holds no checkpoint itself, so this is {below[0]}")
+    return Place(below[0], str(_format(below[0])))
+
+
+def _format(path: Path) -> str | None:
+    """Return the format of the checkpoint or the run at a path, or `None` if there is none."""
+    if path.is_dir():
+        if finished_steps(path) or any((path / file).exists() for file in (FINISHED, "_METADATA")):
+            return ORBAX
+        files = (path / "checkpoint").exists() or any(
+            file.name.endswith(".index") for file in path.iterdir()
+        )
+        return TF1 if files else None
+    if path.suffix == ".safetensors" and path.exists():
+        return SAFETENSORS
+    return TF1 if path.exists() or Path(f"{path}.index").exists() else None
+
+
+def check_new(path: Path) -> None:
+    """Raise if a new checkpoint would overwrite anything. Remove what an interrupted one left."""
+    with _reaching(path):
+        files = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    for file in files:
+        if re.fullmatch(re.escape(path.name) + r"(\.index|\.meta|\.data-\d+-of-\d+)?", file.name):
+            raise FileExistsError(f"{file} exists. Pass another DESTINATION")
+    for file in files:
+        process = re.fullmatch(re.escape(path.name) + r"\.tmp(\d+)", file.name)
+        if process and "://" not in str(path) and not _is_running(int(process[1])):
+            shutil.rmtree(file)
+            say(f"removed {file}, which an interrupted command left")
+
+
+def temporary(path: Path) -> Path:
+    """Return where a checkpoint is written before it is whole: beside it, with this process's id.
+
+    The name is also that of `emaopt.tf1.save`.
+    """
+    return Path(f"{path}.tmp{os.getpid()}")
+
+
+def _is_running(process: int) -> bool:
+    """Return whether another process of this id runs on this machine."""
+    if process == os.getpid():
+        return False  # in a container, the process that was killed had the same one
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # it is of another user
         return True
-    known = sorted(file.name for file in path.parent.glob("*") if file.suffix != ".meta")[:9]
-    there = f". {path.parent} has {', '.join(known)}" if known else ""
-    raise FileNotFoundError(f"{path} does not exist{there}")
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a directory that threads of Orbax may still write to, or say that it is left."""
+    for _ in range(50):
+        if not path.exists():
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
+    say(f"{path} is left. The next command with this DESTINATION removes it")
+
+
+def say(text: str) -> None:
+    """Print a line about the work to stderr."""
+    print(f"emaopt: {printable(text)}.", file=sys.stderr)
 
 
 def load_tensorflow() -> None:
-    """Load it without what its libraries print about this machine."""
+    """Load TensorFlow without what its libraries print about this machine."""
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        importlib.import_module("tensorflow")
+        require("tensorflow", "tf1")
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
+
+
+def shown(paths: Iterable[KeyPath]) -> dict[KeyPath, str]:
+    """Return the name of each leaf of Orbax: its key path, joined with a slash.
+
+    Where two names would be the same, because a key has a slash in it, that one is escaped.
+    """
+    joined = {path: "/".join(filter(None, path)) for path in paths}
+    times = Counter(joined.values())
+    return {
+        path: name if times[name] == 1 else "/".join(k.replace("/", "\\/") for k in path if k)
+        for path, name in joined.items()
+    }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._extras import require
 from emaopt._names import global_step, names
 from emaopt._tree.checks import describe
 from emaopt._tree.paths import Tree
@@ -36,13 +37,7 @@ def writer(directory: Any, *, purge_step: int | None = None) -> "Writer":
     Returns:
       A `Writer`, which is a context manager.
     """
-    try:
-        package = importlib.import_module("tensorboardX")
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            'emaopt.summary.writer needs tensorboardX: pip install "emaopt[tensorboard]"',
-            name="tensorboardX",
-        ) from None
+    package = require("tensorboardX", "tensorboard")
     file = package.SummaryWriter(
         str(directory),
         purge_step=purge_step,

@@ -84,8 +84,9 @@ def _prefix(path: str) -> tuple[str, list[str]]:
             f"path={path!r} is of Orbax. Call emaopt.checkpoint.resume or restore_averages, or "
             "emaopt convert."
         )
-    for file in (f"{path}.index", os.path.join(path, "checkpoint")):
-        if os.path.exists(file) and not os.path.isfile(file):  # to read a pipe would wait forever
+    for file in (path, f"{path}.index", os.path.join(path, "checkpoint")):
+        if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+            # to read a pipe or a device would wait forever
             raise ValueError(f"{file} is no file. Pass the prefix of a checkpoint.")
     if directory != path:
         return path, known

@@ -15,6 +15,7 @@ FILES = {str(path.relative_to(HOUSE)): path for path in sorted(HOUSE.rglob("*.py
 LIGHT = {"jax", "numpy", "optax"}
 # room: the rooms that it may import, and the packages of others; ground floor first
 ROOMS = {
+    "_extras": (set(), set()),
     "_tree": (set(), LIGHT),
     "_average": ({"_tree"}, LIGHT),
     "_optimizers": ({"_tree", "_average"}, LIGHT),
@@ -22,19 +23,22 @@ ROOMS = {
     "presets": ({"_tree", "_average"}, {"jax"}),
     "posthoc": ({"_tree", "_average"}, {"jax", "numpy"}),
     "checkpoint": ({"_tree", "_average"}, LIGHT | {"orbax", "etils", "safetensors"}),
-    "tf1": ({"_tree", "_average", "_names"}, LIGHT | {"tensorflow"}),
-    "summary": ({"_tree", "_average", "_optimizers", "_names"}, LIGHT | {"tensorboardX"}),
+    "tf1": ({"_extras", "_tree", "_average", "_names"}, LIGHT | {"tensorflow"}),
+    "summary": (
+        {"_tree", "_average", "_optimizers", "_names", "_extras"},
+        LIGHT | {"tensorboardX"},
+    ),
     "synthesize": (
         {"_tree", "_average", "checkpoint", "posthoc"},
         LIGHT | {"etils", "orbax", "tqdm"},
     ),
     "__init__": ({"_tree", "_average", "_optimizers", "_names"}, set()),
     "_commands": (
-        {"", "_tree", "_average", "_optimizers", "_names"}
+        {"", "_extras", "_tree", "_average", "_optimizers", "_names"}
         | {"checkpoint", "posthoc", "synthesize", "tf1"},
         LIGHT | {"etils", "flax", "matplotlib", "orbax", "sklearn", "tqdm"},
     ),
-    "__main__": ({"", "_commands"}, set()),
+    "__main__": ({"", "_extras", "_tree", "_commands"}, set()),
 }
 # inside a folder: its floors, ground floor first; a file may import those of the floors below
 FLOORS = {
@@ -45,10 +49,10 @@ FLOORS = {
     "checkpoint": "_errors _leaf _digest _run | _contents | _stored | _items | __init__",
     "presets": "_common | _tensorflow _pytorch _jax | __init__",
     "posthoc": "_fit _sum | __init__",
-    "tf1": "_rename | _files | __init__",
+    "tf1": "_rename | _files _leaves | __init__",
     "summary": "_graph _histogram | _writer | __init__",
     "synthesize": "_sources | __init__",
-    "_commands": "paths | convert | ls diff demo synthesize",
+    "_commands": "running paths progress safetensors digits demo | convert | ls diff synthesize",
 }
 # jax loads etils itself
 HEAVY = set.union(*(packages for _, packages in ROOMS.values())) - LIGHT - {"etils"}

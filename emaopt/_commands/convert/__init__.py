@@ -1,4 +1,4 @@
-"""A checkpoint of TF1 as one of Orbax, and back, in parts that fit into memory.
+"""`emaopt convert`: write a checkpoint of TF1 as one of Orbax, or back, a part at a time.
 
 From TF1, by name alone, so that the optimizer need not be known:
 
@@ -8,20 +8,21 @@ From TF1, by name alone, so that the optimizer need not be known:
     tf1/other   everything else under its own name: slots, powers, and what cannot be nested
 
 Back from there, names, shapes, dtypes and bits are those that TF1 wrote. Any other checkpoint of
-Orbax becomes what `emaopt.tf1.save` writes: an average that was swapped is an average again.
+Orbax becomes what `emaopt.tf1.save` writes. An average that was swapped is an average again.
 """
 
-import os
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
-from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
-from emaopt._commands.paths import absolute, is_tf1, load_tensorflow
+from emaopt._commands import paths
+from emaopt._commands.paths import Path
+from emaopt._commands.progress import watched
 from emaopt._names import AVERAGE
 from emaopt._tree.paths import KeyPath, Tree
 from emaopt.checkpoint._contents import DIGESTS
@@ -30,12 +31,12 @@ from emaopt.checkpoint._items import check_leaves, inventory
 from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
-from emaopt.tf1._files import Checkpoint, cast, write
+from emaopt.tf1._files import Checkpoint, cast, check_prefix, write
 
 from .layout import Form, Origin, in_orbax, in_tf1
 
 
-BYTES_AT_ONCE = 2**26  # read, or written
+BYTES_AT_ONCE = 2**26  # that are read, or written, at once
 
 
 def convert(
@@ -45,72 +46,108 @@ def convert(
     swapped: bool = False,
     average_name: str = AVERAGE,
 ) -> None:
-    """Write the other format.
+    """Write a checkpoint in the other format.
 
-    `averages`: the averages only, under the names of the variables. `swapped`: the checkpoint of
-    TF1 is of the form that its `swapping_saver` writes. `average_name`: as in `emaopt.tf1.load`.
+    Args:
+        source: A checkpoint of TF1 or Orbax, or a run.
+        destination: Where the new one goes. Nothing is overwritten.
+        averages: Whether to write the averages only, under the names of the variables.
+        swapped: Whether the checkpoint of TF1 is of the form that its `swapping_saver` writes.
+        average_name: As in `emaopt.tf1.load`.
     """
-    here, there = absolute(source), absolute(destination)
+    here, there = paths.find(source), paths.absolute(destination)
+    if here.format == paths.SAFETENSORS:
+        raise ValueError(f"{here.path} is a .safetensors file. Pass a checkpoint of TF1 or Orbax")
     form = Form(averages, swapped, average_name)
-    to_orbax = is_tf1(here)
-    if there.exists() or Path(f"{there}.index").exists():
-        raise FileExistsError(f"{there} exists. Pass another DESTINATION")
-    load_tensorflow()
-    (_to_orbax if to_orbax else _to_tf1)(here, there, form)
+    paths.check_new(there)
+    paths.load_tensorflow()
+    if here.format == paths.TF1:
+        _check_directory(there)
+        _to_orbax(here.path, there, form)
+    else:
+        check_prefix(str(there))
+        _to_tf1(here.path, there, form)
+
+
+def _check_directory(path: Path) -> None:
+    """Raise unless Orbax can write a checkpoint here that it can read again."""
+    if re.search(r"[*?\[]", str(path)):
+        raise ValueError(
+            f"{path} has a *, ? or [ in it. Orbax takes that for a pattern and could not read the "
+            "checkpoint. Pass another DESTINATION"
+        )
 
 
 def _to_orbax(source: Path, destination: Path, form: Form) -> None:
     checkpoint = Checkpoint(source)
-    paths = in_orbax(checkpoint.stored, form)
-    if strings := [name for name in paths if checkpoint.stored[name][1].kind == "O"]:
+    places = in_orbax(checkpoint.stored, form)
+    if strings := [name for name in places if checkpoint.stored[name][1].kind == "O"]:
         raise ValueError(f"{source} holds strings, which Orbax cannot save: {', '.join(strings)}")
-    abstract = {name: jax.ShapeDtypeStruct(*checkpoint.stored[name]) for name in paths}
-    for item, tree in _items(abstract, paths):
+    abstract = {name: jax.ShapeDtypeStruct(*checkpoint.stored[name]) for name in places}
+    for item, tree in _items(abstract, places):
         check_leaves(item, tree)
-    temporary = Path(f"{destination}.tmp{os.getpid()}")
+    temporary = paths.temporary(destination)
     found: dict[KeyPath, Any] = {}
     try:
-        for part in _parts({name: size(*checkpoint.stored[name]) for name in paths}):
-            found |= _save(temporary, checkpoint, {name: paths[name] for name in part})
+        for part in _parts({name: size(*checkpoint.stored[name]) for name in places}):
+            values = {name: checkpoint.value(name) for name in part}
+            with _writing(destination):
+                _save(temporary, values, places)
+            found |= {places[name]: digests([value])[0] for name, value in values.items()}
         items = {path[0] for path in found}
         each = {i: [found[path] for path in sorted(found) if path[0] == i] for i in items}
-        _assemble(temporary, {item: with_own_digest(np.asarray(each[item])) for item in items})
-        (temporary / DIGESTS).rename(destination)
+        with _writing(destination):
+            _assemble(temporary, {item: with_own_digest(np.asarray(each[item])) for item in items})
+            (temporary / DIGESTS).rename(destination)
     finally:
-        if temporary.exists():
-            temporary.rmtree()
+        paths.remove(temporary)
 
 
-def _save(directory: Path, checkpoint: Checkpoint, paths: dict[str, KeyPath]) -> dict[KeyPath, Any]:
-    """Save some variables; returns their digests."""
-    values = {name: checkpoint.value(name) for name in paths}
+@contextmanager
+def _writing(destination: Path) -> Iterator[None]:
+    """Turn every error of Orbax into one line that has its cause."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        # TensorStore tells where in its source, and all of its options
+        text = re.split(r" \[(?:source locations|os_error_code|tensorstore_spec)=", str(cause))[0]
+        raise OSError(f"{destination} cannot be written: {text}") from error
+
+
+def _save(directory: Path, values: dict[str, Any], places: dict[str, KeyPath]) -> None:
+    """Save some variables."""
     with _without_copies():
-        for item, tree in _items(values, paths):
+        for item, tree in _items(values, places):
             ocp.partial.save(directory / item, tree)
-    return {paths[name]: digests([value])[0] for name, value in values.items()}
 
 
 def _without_copies() -> ocp.Context:
-    """Orbax without a copy of each array, and without another one, compressed."""
+    """Return a context in which Orbax copies no array, and compresses none."""
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
     return context
 
 
-def _items(values: dict[str, Any], paths: dict[str, KeyPath]) -> Iterable[tuple[str, Tree]]:
-    """Nested dicts, by item."""
+def _items(values: dict[str, Any], places: dict[str, KeyPath]) -> Iterable[tuple[str, Tree]]:
+    """Return the values as nested dicts, by item."""
     items: dict[str, Any] = {}
     for name, value in values.items():
         node = items
-        for key in paths[name][:-1]:
+        for key in places[name][:-1]:
             node = node.setdefault(key, {})
-        node[paths[name][-1]] = value
+        node[places[name][-1]] = value
     return items.items()
 
 
 def _assemble(directory: Path, found: dict[str, Any]) -> None:
-    """One checkpoint of those that hold one item each. Orbax saves parts only of an only item."""
+    """Make one checkpoint of several that hold one item each.
+
+    Orbax saves an item in parts only if it is the only one.
+    """
     whole = directory / DIGESTS
     items = {item: {"": np.zeros(1)} for item in found} | {DIGESTS: found}
     ocp.save_checkpointables(whole, items, custom_metadata=inventory(items))
@@ -132,7 +169,7 @@ def _to_tf1(source: Path, destination: Path, form: Form) -> None:
 
 
 def _check_one_step(stored: Stored, steps: list[KeyPath]) -> None:
-    """TF1 has one global step."""
+    """Raise if the steps differ: TF1 has one global step."""
     read = _read(stored, {"/".join(path): Origin(path, np.dtype(np.int64)) for path in steps})
     if len(set(map(int, read.values()))) > 1:
         found = ", ".join(f"{name} is {value}" for name, value in read.items())
@@ -140,7 +177,7 @@ def _check_one_step(stored: Stored, steps: list[KeyPath]) -> None:
 
 
 def _read(stored: Stored, variables: dict[str, Origin]) -> dict[str, np.ndarray]:
-    """The values of some variables, verified."""
+    """Read the values of some variables, and verify them."""
     loaded = stored.read(path for path, _ in variables.values())
     values = {}
     for name, (path, dtype) in variables.items():
@@ -151,12 +188,5 @@ def _read(stored: Stored, variables: dict[str, Origin]) -> dict[str, np.ndarray]
 
 
 def _parts(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """The names in groups that fit into memory; a bar shows how many bytes are done."""
-    total = sum(sizes.values())
-    # on a terminal only, if it takes more than 2 seconds
-    with tqdm(
-        total=total, desc="converting", unit="B", unit_scale=True, delay=2, disable=None
-    ) as bar:
-        for part in parts(sizes, BYTES_AT_ONCE):
-            yield part
-            bar.update(sum(sizes[name] for name in part))
+    """Yield the names in groups that fit into memory. A terminal is told how far the work is."""
+    return watched(parts(sizes, BYTES_AT_ONCE), sizes, "converted")

@@ -1,4 +1,4 @@
-"""Which leaf of Orbax is which variable of TF1: names and dtypes, no values."""
+"""Find which leaf of Orbax is which variable of TF1: names and dtypes, no values."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -11,6 +11,7 @@ import numpy as np
 from emaopt._average.ema import EmaState, SwappedEmaState
 from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role, variable_of
 from emaopt._optimizers.builder import OptimizerState
+from emaopt._tree.checks import DEEPEST
 from emaopt._tree.numbers import dtype_of
 from emaopt._tree.paths import KeyPath, Tree
 from emaopt.checkpoint._contents import DIGESTS, SHADOW, STEP, SWAPPED
@@ -19,11 +20,15 @@ from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._rename import name_of_average
 
 
-TF1, OTHER = "tf1", "other"  # the item, and the dict in it, of what Orbax has no place for
+ITEM, OTHER = "tf1", "other"  # the item, and the dict in it, of what Orbax has no place for
 
 
 class Form(NamedTuple):
-    """What TF1's side is like, and whether the averages are all that is wanted."""
+    """What the checkpoint of TF1 is like, and what is wanted.
+
+    `averages`: only the averages. `swapped`: TF1's `swapping_saver` wrote it, or reads it.
+    `average_name`: as in `emaopt.tf1.load`.
+    """
 
     averages: bool
     swapped: bool
@@ -38,41 +43,82 @@ class Origin(NamedTuple):
 
 
 def in_orbax(stored: Collection[str], form: Form) -> dict[str, KeyPath]:
-    """Where each variable of TF1 goes."""
+    """Find the place in Orbax of each variable of TF1.
+
+    Args:
+        stored: The names of all variables.
+        form: What they are, and which are wanted.
+
+    Returns:
+        From each variable to the key path of its leaf.
+    """
     averages = _averages(stored, form)
-    holder = {name: name for name in stored}
+    # from the name that a value belongs to, to the name that it is stored under
+    held = {name: name for name in stored}
     if form.swapped:
-        _exchange(holder, averages)
-    named = set(stored) - set(averages.values())
-    variables = {name for name in named if role(name, stored)[0] == "variable"}
-    items: dict[KeyPath, dict[str, str]] = {("params",): {n: holder[n] for n in variables}}
+        swap_names(held, averages)
+    variables = {name: held[name] for name in _variables(stored, averages)}
+    averaged = {of: held[average] for of, average in averages.items()}
     if form.averages:
-        items["params",] |= {of: holder[average] for of, average in averages.items()}
-    elif GLOBAL_STEP in stored:  # without one, a shadow is no average
-        items[TF1, SHADOW] = {of: holder[average] for of, average in averages.items()}
+        paths = _nested(("params",), variables | averaged)
+        rest = variables | averaged
+    else:
+        paths = _nested(("params",), variables)
+        if GLOBAL_STEP in stored:  # without a step, emaopt takes no shadow for an average
+            paths |= _nested((ITEM, SHADOW), averaged)
+        rest = held
+    return dict(sorted({**_flat(rest), **paths}.items()))
+
+
+def _variables(stored: Collection[str], averages: dict[str, str]) -> set[str]:
+    """Return the names of the variables: no average, slot, power or step."""
+    named = set(stored) - set(averages.values())
+    return {name for name in named if role(name, stored)[0] == "variable"}
+
+
+def _nested(root: KeyPath, held: dict[str, str]) -> dict[str, KeyPath]:
+    """Return the paths of what can be nested: `conv/kernel` below `conv`.
+
+    A name cannot if a part of it is empty, if another name ends where it goes on, or if it has more
+    levels than Orbax can read.
+    """
     paths: dict[str, KeyPath] = {}
-    for root, found in items.items():
-        for target, name in found.items():
-            keys = tuple(target.split("/"))
-            below_another = any("/".join(keys[:i]) in found for i in range(1, len(keys)))
-            if all(keys) and not below_another:
-                paths[name] = (*root, *keys)
-    others = items["params",] if form.averages else holder
-    for name, at in others.items():
-        path = (TF1, STEP) if name == GLOBAL_STEP else (TF1, OTHER, name)
-        paths.setdefault(at, path)
-    return dict(sorted(paths.items()))
+    for target, name in held.items():
+        keys = tuple(target.split("/"))
+        fits = all(keys) and len(root) + len(keys) <= DEEPEST
+        if fits and not any("/".join(keys[:i]) in held for i in range(1, len(keys))):
+            paths[name] = (*root, *keys)
+    return paths
+
+
+def _flat(held: dict[str, str]) -> dict[str, KeyPath]:
+    """Return the paths of what is kept under its own name: slots, powers, the step."""
+    return {
+        name: (ITEM, STEP) if target == GLOBAL_STEP else (ITEM, OTHER, target)
+        for target, name in held.items()
+    }
 
 
 def in_tf1(stored: Stored, form: Form) -> tuple[dict[str, Origin], list[KeyPath]]:
-    """From where each variable of TF1 comes; and all leaves that are TF1's one global step."""
+    """Find the leaf of Orbax that each variable of TF1 is written from.
+
+    Args:
+        stored: The checkpoint of Orbax.
+        form: What is wanted.
+
+    Returns:
+        The origin of each variable, and the leaves that are all TF1's one global step.
+    """
     if form.averages:
         places = stored.contents.places(list(stored.contents.stored_params), None)
         return {
             "/".join(name): Origin(place.path, dtype_of(stored.leaf(place.param)))
             for name, place in places.items()
         }, []
-    found, shadows, steps = (_converted if TF1 in stored.items else _trained)(stored)
+    if ITEM in stored.items:
+        found, shadows, steps = _converted(stored)
+    else:
+        found, shadows, steps = _trained(stored)
     named = name_of_average(form.average_name)
     renamed = {named(of) + number: shadow for (of, number), shadow in shadows.items()}
     if taken := sorted(renamed.keys() & found.keys()):
@@ -82,12 +128,12 @@ def in_tf1(stored: Stored, form: Form) -> tuple[dict[str, Origin], list[KeyPath]
         found[GLOBAL_STEP] = Origin(steps[0], np.dtype(np.int64))
     averages = _averages(found, form)
     if form.swapped:
-        _exchange(found, averages)
+        swap_names(found, averages)
     return found, steps
 
 
 def _averages(stored: Collection[str], form: Form) -> dict[str, str]:
-    """The names of the averages by those of their variables."""
+    """Return the name of each average, by the name of its variable."""
     pattern = re.escape(name_of_average(form.average_name)("\0")).replace(re.escape("\0"), "(.+)")
     found = {name: re.fullmatch(pattern, name, re.DOTALL) for name in sorted(stored)}
     averages = {of[1]: name for name, of in found.items() if of}
@@ -109,8 +155,8 @@ def _averages(stored: Collection[str], form: Form) -> dict[str, str]:
     return averages
 
 
-def _exchange(found: dict[str, Any], averages: dict[str, str]) -> None:
-    """Variables and averages trade places, as TF1's swapping_saver does it."""
+def swap_names(found: dict[str, Any], averages: dict[str, str]) -> None:
+    """Exchange variables and their averages in a dict, as TF1's `swapping_saver` does."""
     for of, average in averages.items():
         if f"{average}_1" in found:
             raise ValueError(f"{of} has several averages. Leave out --swapped")
@@ -122,17 +168,17 @@ Shadows = dict[tuple[str, str], Origin]  # by variable, and TF1's number of a se
 
 
 def _converted(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath]]:
-    """The leaves of a checkpoint that was converted from TF1, as they were."""
+    """Return the leaves of a checkpoint that was converted from TF1, by their names there."""
     found: dict[str, Origin] = {}
     shadows: Shadows = {}
     for path in stored.paths():
         item, *keys = path
         variable = Origin(path, dtype_of(stored.leaf(path)))
-        if path == (TF1, STEP):
+        if path == (ITEM, STEP):
             found[GLOBAL_STEP] = variable
-        elif path[:2] == (TF1, SHADOW):
+        elif path[:2] == (ITEM, SHADOW):
             shadows["/".join(keys[1:]), ""] = variable
-        elif item == TF1:
+        elif item == ITEM:
             found[keys[-1]] = variable
         elif item != DIGESTS:
             found["/".join(keys)] = variable
@@ -140,7 +186,7 @@ def _converted(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath
 
 
 def _trained(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath]]:
-    """The leaves by their names in TF1; averages and parameters where they were before a swap."""
+    """Return the leaves by their names in TF1. A swapped checkpoint is read as if it were not."""
     contents = stored.contents
     params = {"/".join(name): path for name, path in contents.params.items()}
     averaged = {}
@@ -172,7 +218,7 @@ def _trained(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath]]
 
 
 def _names_of_states(stored: Stored, params: set[KeyPath]) -> Iterator[tuple[str, KeyPath]]:
-    """Every leaf that is no parameter: its name in TF1 and its path. Strings are left out."""
+    """Return the name in TF1 and the path of every leaf that is no parameter and no string."""
     paths: dict[int, KeyPath] = {}
     trees = {}
     for item, tree in stored.trees.items():
@@ -190,7 +236,7 @@ def _names_of_states(stored: Stored, params: set[KeyPath]) -> Iterator[tuple[str
 
 
 def _states(node: Tree) -> Tree:
-    """The dicts that were states as states again; without the `value` that NNX adds."""
+    """Make states of the dicts that were states, and leave out the `value` that NNX adds."""
     if isinstance(node, (list, tuple)):
         return [_states(each) for each in node]
     if not isinstance(node, dict):

@@ -1,27 +1,31 @@
 """What all commands have: help with examples, and one line for whatever stops them."""
 
+import argparse
 import errno
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
+from folders import CHECKPOINTS as GOLDEN
 
-from emaopt.__main__ import main
-
-
-needs_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs the extra tf1")
-COMMANDS = {  # what to pass, and what does the work
-    "demo": ("", "emaopt._commands.demo.run"),
-    "ls": ("run", "emaopt._commands.ls.show"),
-    "convert": ("run new", "emaopt._commands.convert.convert"),
-    "synthesize": ("run", "emaopt._commands.synthesize.command"),
-    "diff": ("run", "emaopt._commands.diff.compare"),
-}
+from emaopt.__main__ import main, make_parser
 
 
-@pytest.fixture(
-    params=[pytest.param(c, marks=needs_tensorflow) if c == "convert" else c for c in COMMANDS]
+COMMANDS = next(
+    action.choices
+    for action in make_parser()._actions
+    if isinstance(action, argparse._SubParsersAction)
 )
+NEEDED = {"demo": "", "ls": "run", "convert": "run new", "synthesize": "run", "diff": "run"}
+
+
+@pytest.fixture(params=COMMANDS)
 def stopped(request, monkeypatch):
     """Run a command whose work raises something."""
 
@@ -29,9 +33,10 @@ def stopped(request, monkeypatch):
         def work(*_, **__):
             raise error
 
-        arguments, place = COMMANDS[request.param]
-        monkeypatch.setattr(place, work)
-        main([request.param, *arguments.split()])
+        module, _, function = COMMANDS[request.param].get_default("target").partition(":")
+        function = "run" if request.param == "demo" else function
+        monkeypatch.setattr(import_module(module), function, work)
+        main([request.param, *NEEDED[request.param].split()])
 
     run.name = request.param
     return run
@@ -45,10 +50,11 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples(command, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
-    assert f"\nexamples:\n  emaopt {command}" in capsys.readouterr().out
+def test_help_has_examples_and_fits_a_terminal(command):
+    text = COMMANDS[command].format_help()
+    assert f"\nexamples:\n  emaopt {command}" in text
+    written = [*COMMANDS[command].epilog.splitlines(), *COMMANDS[command].description.splitlines()]
+    assert max(map(len, written)) <= 88
 
 
 def test_an_interrupt_is_no_traceback(stopped, capsys):
@@ -72,3 +78,126 @@ def test_a_full_disk_gets_one_line(stopped, capsys):
         f"emaopt {stopped.name}: [Errno 28] No space left on device. "
         f"See emaopt {stopped.name} --help.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            IndexError("Read less bytes than requested"),
+            "IndexError: Read less bytes than requested",
+        ),
+        (MemoryError(), "MemoryError"),
+        (KeyError("https://"), "KeyError: 'https://'"),
+        (SystemError("nanobind"), "SystemError: nanobind"),
+        (ValueError("two\nlines\n  and more."), "two lines and more"),
+        (ValueError("w\x1b[2J\x07 is missing."), r"w\x1b[2J\x07 is missing"),
+        (ValueError("x" * 3000), "x" * 2000 + " ..."),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_an_error_of_any_type_is_one_line_and_exit_code_2(error, told, stopped, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        stopped(error)
+    assert capsys.readouterr().err == (
+        f"emaopt {stopped.name}: {told}. See emaopt {stopped.name} --help.\n"
+    )
+
+
+def test_an_interrupt_that_became_an_error_is_an_interrupt(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ValueError("a file is damaged") from error
+
+    module = import_module(COMMANDS["ls"].get_default("target").partition(":")[0])
+    monkeypatch.setattr(module, "command", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit, match="130"):
+        main(["ls", "run"])
+    assert capsys.readouterr().err == ""
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_a_command_runs_in_a_thread_too(capsys):
+    """There no signal can be handled."""
+    codes = []
+
+    def run():
+        with pytest.raises(SystemExit) as exit_:
+            main(["ls", "/nowhere"])
+        codes.append(exit_.value.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert codes == [2]
+
+
+def shell(command):
+    """Exit code, output and errors of a line of the shell."""
+    line = command.replace("emaopt", f"{sys.executable} -m emaopt")
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+needs_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs the extra tf1")
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_closed_streams_are_no_error():
+    adam = GOLDEN / "adam"
+    code, out, _ = shell(f"emaopt ls {adam} 2>&-")
+    assert (code, "11 leaves" in out) == (0, True)
+    assert shell(f"emaopt ls {adam} >&-") == (0, "", "")
+    assert shell(f"emaopt diff {adam} {GOLDEN}/no_average >&- 2>&- <&-") == (1, "", "")
+    code, _, said = shell("emaopt ls /nowhere >&-")
+    assert (code, said.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_output_that_cannot_be_written_is_one_line():
+    code, _, said = shell("emaopt ls --help >/dev/full; emaopt diff /nowhere >/dev/full")
+    assert code == 2
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [
+        ("ls {}", "s3://bucket/x"),
+        ("ls {}", "https://a/b"),
+        ("diff {}", "gs://bucket/x"),
+        ("convert {} new", "foo://x"),
+        ("convert {adam} {}", "gs://bucket/x"),
+        ("convert {adam} {}", "foo://x"),
+    ],
+)
+def test_a_place_that_cannot_be_reached_is_one_line(command, path, tmp_path, monkeypatch):
+    if "{adam}" in command and not find_spec("tensorflow"):
+        pytest.skip("needs the extra tf1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    code, out, said = shell(f"emaopt {command.format(path, adam=GOLDEN / 'adam')}")
+    assert (code, out, said.count("\n")) == (2, "", 1)
+    assert path in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(find_spec("shtab") is None, reason="needs the extra completion")
+def test_a_shell_gets_a_script_that_completes_commands_and_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, "--averages", "--tensorboard"):
+        assert word in script
+
+
+def test_without_shtab_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--print-completion", "bash"])
+    assert 'pip install "emaopt[completion]"' in capsys.readouterr().err

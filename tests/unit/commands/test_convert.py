@@ -1,6 +1,8 @@
 """`emaopt convert`: what it writes, and what it refuses."""
 
 import json
+import os
+import subprocess
 import sys
 
 import jax
@@ -14,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 import emaopt
 from emaopt import checkpoint
 from emaopt.__main__ import main
+from emaopt._commands import paths
 from emaopt._tree.paths import key_paths
 
 
@@ -252,7 +255,21 @@ def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
         ("convert nowhere new", "nowhere does not exist"),
         ("convert empty new", "/empty holds no finished checkpoint"),
         ("convert golden empty", "/empty exists. Pass another DESTINATION"),
-        ("convert {orbax}/adam golden/model.ckpt-20", "/golden/model.ckpt-20 exists"),
+        (
+            "convert {orbax}/adam golden/model.ckpt-20",
+            "/golden/model.ckpt-20.",
+        ),
+        ("convert {orbax}/adam half/m", "/half/m.data-00000-of-00001 exists. Pass another DEST"),
+        (
+            "convert {orbax}/adam garbage/m",
+            "/garbage/checkpoint is not the file in which TF1 names",
+        ),
+        ("convert {orbax}/adam new/m.index", "/new/m.index' ends like a file of a checkpoint"),
+        ("convert {orbax}/adam new/m.meta", "ends like a file of a checkpoint"),
+        ("convert {orbax}/adam new/m.data-00000-of-00001", "ends like a file of a checkpoint"),
+        ("convert {orbax}/adam new/[1]/m", "takes that for a pattern and could not read"),
+        ("convert golden new/[1]", "/new/[1] has a *, ? or [ in it. Orbax takes that for"),
+        ("convert tensors.safetensors new", "/tensors.safetensors is a .safetensors file. Pass"),
         ("convert {orbax}/adam file/model.ckpt-20", "/file/model.ckpt-20 cannot be written: "),
         ("convert --averages no_average new", "SOURCE has no averages named Exponen"),
         ("convert --swapped no_average new", "another --average-name, or leave out --averages"),
@@ -274,6 +291,11 @@ def test_what_is_wrong_gets_one_line(arguments, told, orbax, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no checkpoint")
+    (tmp_path / "tensors.safetensors").write_text("")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/m.data-00000-of-00001").write_text("precious")
+    (tmp_path / "garbage").mkdir()
+    (tmp_path / "garbage/checkpoint").write_text("precious")
     (tmp_path / "golden").symlink_to(GOLDEN / "adam")
     (tmp_path / "no_average").symlink_to(GOLDEN / "no_average")
     write(tmp_path / "strings", words=np.array([b"a"], object))
@@ -287,6 +309,8 @@ def test_what_is_wrong_gets_one_line(arguments, told, orbax, tmp_path, monkeypat
     assert shown.err.endswith(" --help.\n")
     assert shown.err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+    assert (tmp_path / "half/m.data-00000-of-00001").read_text() == "precious"
+    assert (tmp_path / "garbage/checkpoint").read_text() == "precious"
 
 
 @pytest.mark.parametrize("source", [GOLDEN / "adam", "adam"])
@@ -302,6 +326,68 @@ def test_an_interrupt_leaves_nothing_behind(source, orbax, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("source", [GOLDEN / "adam", "adam"])
+def test_what_a_killed_command_left_is_removed_by_the_next_one(source, orbax, tmp_path, capsys):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    for process in (killed.pid, os.getpid(), os.getppid(), 10**30):
+        (tmp_path / f"new.tmp{process}").mkdir()
+        (tmp_path / f"new.tmp{process}/part").touch()
+    main(["convert", str(orbax / source), str(tmp_path / "new")])
+    told = capsys.readouterr().err.splitlines()
+    assert sorted(told) == sorted(
+        f"emaopt: removed {tmp_path}/new.tmp{process}, which an interrupted command left."
+        for process in (killed.pid, os.getpid(), 10**30)
+    )
+    assert [path.name for path in tmp_path.glob("*.tmp*")] == [f"new.tmp{os.getppid()}"]
+
+
+def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch, capsys):
+    """Threads of Orbax may go on writing for a while."""
+    monkeypatch.setattr("emaopt._commands.paths.time.sleep", lambda _: None)
+    monkeypatch.setattr("emaopt._commands.paths.shutil.rmtree", lambda *_, **__: None)
+    paths.remove(tmp_path)
+    assert capsys.readouterr().err == (
+        f"emaopt: {tmp_path} is left. The next command with this DESTINATION removes it.\n"
+    )
+
+
+def test_a_process_of_another_user_is_running(monkeypatch):
+    def kill(process, number):
+        raise PermissionError
+
+    monkeypatch.setattr("emaopt._commands.paths.os.kill", kill)
+    assert paths._is_running(1)
+
+
+def test_a_full_disk_is_named_as_the_cause(orbax, tmp_path):
+    """The limit on the size of a file stands for the disk: both fail in the same place."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)); "
+        "from emaopt.__main__ import main; main(sys.argv[1:])"
+    )
+    for source, destination in ((GOLDEN / "adam", "orbax"), (orbax / "adam", "tf1")):
+        arguments = ["convert", str(source), str(tmp_path / destination)]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert f"{tmp_path}/{destination} cannot be written: " in done.stderr
+        assert "File too large" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert len(done.stderr) < 600
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_of_many_levels_is_kept_whole(tmp_path):
+    names = ["/".join("a" * n) for n in (200, 300, 500, 3000)]
+    write(tmp_path / "tf1", **{name: np.float32(i) for i, name in enumerate(names)})
+    main(["convert", str(tmp_path / "tf1"), str(tmp_path / "orbax")])
+    main(["convert", str(tmp_path / "orbax"), str(tmp_path / "back")])
+    assert stored(tmp_path / "back") == stored(tmp_path / "tf1")
+
+
 def test_the_value_of_nnx_is_no_part_of_a_name_and_strings_are_left_out(tmp_path):
     leaf = {"w": {"value": jnp.ones(2)}}
     items = {
@@ -314,13 +400,8 @@ def test_the_value_of_nnx_is_no_part_of_a_name_and_strings_are_left_out(tmp_path
     assert set(stored(tmp_path / "back")) == {"w", emaopt.average_name("w"), "global_step"}
 
 
-@pytest.mark.parametrize("missing", ["tensorflow", "tqdm"])
-def test_without_a_package_the_extra_is_named(missing, monkeypatch, tmp_path, capsys):
-    for module in [
-        m for m in sys.modules if m.startswith(("emaopt._commands.convert", "emaopt.tf1"))
-    ]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, missing, None)
+def test_without_tensorflow_the_extra_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(SystemExit) as exit_:
         main(["convert", str(GOLDEN / "adam"), str(tmp_path / "new")])
     assert exit_.value.code == 2

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 import emaopt
 from emaopt import checkpoint
 from emaopt.__main__ import main
-from emaopt._commands import diff
+from emaopt._commands import diff, progress
 from emaopt._tree.checks import describe
 
 
@@ -199,7 +200,7 @@ def test_the_parts_that_are_read_change_nothing(at_once, pair, monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_is_told_after_two_seconds_how_far_it_is(terminal, pair, capsys, monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(diff, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
     monkeypatch.setattr(diff, "BYTES_AT_ONCE", 1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     diff.compare(*pair)
@@ -281,11 +282,59 @@ def test_what_is_wrong_gets_one_line_and_exit_code_2(
 
 def test_without_tensorflow_what_to_install_is_told(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    for module in [name for name in sys.modules if name.startswith("emaopt.tf1")]:
-        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(SystemExit, match="2"):
         main(["diff", str(run / "steps"), str(GOLDEN / "adam")])
     assert 'tensorflow is not installed. pip install "emaopt[tf1]"' in capsys.readouterr().err
+
+
+def test_leaves_whose_names_would_be_the_same_are_both_compared(tmp_path, capsys):
+    for side, values in (("a", (0.0, 5.0)), ("b", (100.0, 5.0))):
+        inner, outer = (np.full(2, value) for value in values)
+        ocp.save(tmp_path / side, {"a/b": outer, "a": {"b": inner}})
+    code, _, leaves = in_json(capsys, tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert {name: leaf["max_abs"] for name, leaf in leaves.items()} == {
+        "state/a/b": 100,
+        r"state/a\/b": 0,
+    }
+
+
+def test_a_safetensors_file_is_compared_by_its_names(tmp_path, capsys):
+    save_file = pytest.importorskip("safetensors.flax").save_file
+    tree = {"conv": jnp.arange(3.0), "bias": jnp.ones(2, jnp.bfloat16)}
+    save_file(tree, tmp_path / "a.safetensors")
+    save_file(tree | {"bias": tree["bias"] * 3}, tmp_path / "b.safetensors")
+    code, _, leaves = in_json(capsys, tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert code == 1
+    assert {name: leaf["max_abs"] for name, leaf in leaves.items()} == {"conv": 0, "bias": 2}
+    with pytest.raises(SystemExit, match="2"):
+        main(["diff", str(tmp_path / "a.safetensors")])
+    assert "holds no average to compare" in capsys.readouterr().err
+
+
+def test_unprintable_characters_do_not_reach_the_terminal(tmp_path, capsys):
+    for side in 0, 1:
+        ocp.save(tmp_path / str(side), {"\x1b[2J": np.full(2, side), f"\x07{side}": np.ones(1)})
+    _, out = called(capsys, tmp_path / "0", tmp_path / "1")
+    assert out.isascii()
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert r"state/\x1b[2J" in out
+    assert r"only in A: state/\x070" in out
+
+
+@tensorflow
+def test_a_cut_off_file_is_no_difference(tmp_path, capsys):
+    shutil.copytree(GOLDEN / "adam", tmp_path / "cut")
+    data = tmp_path / "cut" / "model.ckpt-20.data-00000-of-00001"
+    data.chmod(0o644)
+    os.truncate(data, 100)
+    with pytest.raises(SystemExit, match="2"):
+        main(["diff", str(tmp_path / "cut"), str(GOLDEN / "adam")])
+    said = capsys.readouterr().err
+    assert "/cut/model.ckpt-20: mlp/dense/" in said
+    assert "cannot be read, the data is cut off" in said
+    assert said.count("\n") == 1
 
 
 def test_a_reader_that_has_seen_enough_is_no_error_and_the_code_stays(pair):

@@ -1,8 +1,8 @@
 """`emaopt ls`: what it shows of a checkpoint, and what it refuses."""
 
-import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,7 +16,8 @@ from orbax.checkpoint import v1 as ocp
 import emaopt
 from emaopt import checkpoint
 from emaopt.__main__ import main
-from emaopt._commands.ls import Row, load_tensorflow, table
+from emaopt._commands.ls import Row, table
+from emaopt._commands.paths import load_tensorflow
 
 
 PARAMS = {"conv": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "bias": jnp.ones(3, jnp.bfloat16)}
@@ -104,18 +105,110 @@ def test_ls_takes_a_run_or_a_step_of_it(orbax, capsys, monkeypatch):
     assert of_newest["opt_state/1/shadow/bias"]["bytes"] == 6
 
 
-@pytest.mark.slow
 @tensorflow
-def test_ls_in_a_pipe_is_plain_quiet_and_whole():
+@pytest.mark.slow
+def test_ls_in_a_pipe_is_plain_quiet_whole_and_80_wide():
     checkpoint = str(GOLDEN / "adam" / "model.ckpt-20")
     command = [sys.executable, "-m", "emaopt", "ls", checkpoint]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert lines[0].split() == ["name", "shape", "dtype", "bytes", "role"]
-    row = "mlp/dense/kernel/ExponentialMovingAverage  [3,4]  float32     48  "
-    assert lines[-3] == row + "average of mlp/dense/kernel"
-    assert lines[-1] == f"11 leaves, 272 bytes: {checkpoint}"
+    *lines, empty, total = done.stdout.splitlines()
+    assert (empty, total) == ("", f"11 leaves, 272 bytes: {checkpoint}")
+    assert max(map(len, lines)) <= 80
+    assert "*/Adam_1: slot v\n  mlp/dense/bias    [4]    float32  16\n" in done.stdout
+    assert "power\n  beta1_power  []  float32  4\n" in done.stdout
+
+
+def test_leaves_are_in_groups_of_one_role(orbax, capsys):
+    main(["ls", str(orbax / "adam")])
+    groups = [group.splitlines() for group in capsys.readouterr().out.split("\n\n")]
+    assert groups[-1] == [f"26 leaves, 331 bytes: {orbax / 'adam/10'}"]
+    names = {title: [row.split()[0] for row in rows] for title, *rows in groups[:-1]}
+    assert names["params: average"] == ["bias", "conv/kernel"]
+    assert names["opt_state/1/shadow: raw parameter"] == ["bias", "conv/kernel"]
+    assert names["opt_state/0/slots/m: slot m"] == ["bias", "conv/kernel"]
+    assert names["global step"] == ["opt_state/0/step", "opt_state/1/step"]
+    assert sum(map(len, names.values())) == 26
+
+
+def test_the_averages_alone_are_listed(orbax, capsys):
+    main(["ls", str(orbax / "adam"), "--averages"])
+    assert capsys.readouterr().out == (
+        "params: average\n"
+        "  bias         [3]    float32  12\n"
+        "  conv/kernel  [2,3]  float32  24\n\n"
+        f"2 leaves, 36 bytes: {orbax / 'adam/10'}\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main(["ls", str(orbax / "plain"), "--averages"])
+    assert "holds no average. Leave out --averages" in capsys.readouterr().err
+
+
+def test_a_run_one_level_below_is_found_and_named(orbax, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/checkpoints").symlink_to(orbax / "adam")
+    (tmp_path / "out/logs").mkdir()
+    main(["ls", str(tmp_path / "out"), "--averages"])
+    shown = capsys.readouterr()
+    assert shown.out.endswith(f"{tmp_path}/out/checkpoints/10\n")
+    assert shown.err == (
+        f"emaopt: {tmp_path}/out holds no checkpoint itself, so this is "
+        f"{tmp_path}/out/checkpoints.\n"
+    )
+    (tmp_path / "out/more").symlink_to(orbax / "plain")
+    with pytest.raises(SystemExit, match="2"):
+        main(["ls", str(tmp_path / "out")])
+    told = f"holds several runs. Pass one of: {tmp_path}/out/checkpoints, {tmp_path}/out/more"
+    assert told in capsys.readouterr().err
+
+
+def test_a_safetensors_file_is_read(tmp_path, capsys):
+    save_file = pytest.importorskip("safetensors.flax").save_file
+    tensors = {"conv/kernel": jnp.ones((2, 3)), "bias": jnp.ones(3, jnp.bfloat16)}
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "flax"})
+    _, leaves = listed(capsys, tmp_path / "a.safetensors")
+    assert {name: (x["shape"], x["dtype"], x["role"]) for name, x in leaves.items()} == {
+        "conv/kernel": ([2, 3], "float32", "variable"),
+        "bias": ([3], "bfloat16", "variable"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "JSONDecodeError"),
+        (b"\xff" * 16, "ValueError: a header of 18446744073709551615 bytes in 16"),
+        (b"\x02" + b"\0" * 7 + b"[]", "TypeError"),
+        (
+            b"\x48" + b"\0" * 7 + b'{"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}'
+            b"             ",
+            "w is cut off",
+        ),
+    ],
+)
+def test_a_damaged_safetensors_file_is_one_line(content, told, tmp_path, capsys):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        main(["ls", str(tmp_path / "a.safetensors")])
+    said = capsys.readouterr().err
+    assert "a.safetensors is damaged, or no .safetensors file" in said
+    assert told in said
+
+
+def test_unprintable_characters_do_not_reach_the_terminal(tmp_path, capsys):
+    evil = {"\x1b[31mred\x07": jnp.ones(2), "a\nb: evil": jnp.ones(2)}
+    ocp.save(tmp_path / "evil", {"params": evil})
+    main(["ls", str(tmp_path / "evil")])
+    shown = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", shown)
+    assert r"\x1b[31mred\x07" in shown
+    assert r"a\nb: evil" in shown
+
+
+def test_names_that_would_be_the_same_are_told_apart(tmp_path, capsys):
+    ocp.save(tmp_path / "same", {"a/b": jnp.ones(2), "a": {"b": jnp.ones(3)}})
+    _, leaves = listed(capsys, tmp_path / "same")
+    assert leaves.keys() == {"state/a/b", r"state/a\/b"}
 
 
 def test_what_tensorflow_prints_when_it_is_loaded_is_not_shown(tmp_path, monkeypatch, capfd):
@@ -128,14 +221,15 @@ def test_what_tensorflow_prints_when_it_is_loaded_is_not_shown(tmp_path, monkeyp
     assert capfd.readouterr().err == "shown"
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, None])
-def test_the_table_fits_the_terminal(width):
-    long = Row("a/" + "x" * 60 + "/kernel", (3, 4), "float32", "average of a" + "x" * 60, 48)
-    lines = table([long, Row("b", (), "int64", "variable", 8)], width)
-    longest = max(map(len, lines))
-    assert longest <= width if width else longest > 120
-    assert ("…" in lines[1]) == (width is not None)
-    assert "[3,4]  float32     48  " in lines[1]
+@pytest.mark.parametrize("width", [0, 40, 80, 120])
+def test_the_table_fits_the_terminal_and_long_names_are_whole(width):
+    long = "a/" + "x" * 60 + "/kernel"
+    rows = [Row(long, (3, 4), "float32", "variable", 48), Row("b", (), "int64", "variable", 8)]
+    lines = table(rows, width)
+    assert any(long in line for line in lines)
+    assert max(len(line) for line in lines if long not in line) <= max(width, 44)
+    assert len(lines) == (3 if width == 120 else 4)
+    assert lines[-2].endswith("[3,4]  float32  48")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(orbax):
@@ -173,22 +267,9 @@ def test_what_is_wrong_gets_one_line(path, told, tmp_path, monkeypatch, capsys):
     assert shown.err.count("\n") == 1
 
 
-@pytest.fixture
-def without_tensorflow(monkeypatch):
+def test_without_tensorflow_ls_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    monkeypatch.delitem(sys.modules, "emaopt.tf1", raising=False)
-
-
-@pytest.mark.usefixtures("without_tensorflow")
-def test_without_tensorflow_the_import_says_what_to_install():
-    with pytest.raises(ModuleNotFoundError, match=r'TensorFlow: pip install "emaopt\[tf1\]"'):
-        importlib.import_module("emaopt.tf1")
-
-
-@pytest.mark.usefixtures("without_tensorflow")
-def test_without_tensorflow_ls_says_what_to_install(capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         main(["ls", str(GOLDEN / "adam")])
-    assert 'emaopt ls: emaopt.tf1 needs TensorFlow: pip install "emaopt[tf1]"' in (
-        capsys.readouterr().err
-    )
+    told = 'emaopt ls: tensorflow is not installed. pip install "emaopt[tf1]"'
+    assert told in capsys.readouterr().err

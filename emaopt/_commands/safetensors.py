@@ -1,0 +1,78 @@
+"""Read `.safetensors` files: a header in JSON, then the values of all tensors.
+
+The header is preceded by its length in 8 bytes. It has the dtype, the shape and the first and last
+byte of each tensor. https://github.com/huggingface/safetensors describes the format.
+"""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from etils.epath import Path
+
+
+_DTYPES = {
+    "BOOL": "bool",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    **{
+        f"{kind}{bits}": f"{name}{bits}"
+        for kind, name, sizes in (
+            ("I", "int", (8, 16, 32, 64)),
+            ("U", "uint", (8, 16, 32, 64)),
+            ("F", "float", (16, 32, 64)),
+            ("C", "complex", (64,)),
+        )
+        for bits in sizes
+    },
+}
+
+
+class Tensor(NamedTuple):
+    """A tensor in a file. `start`: its first byte in the file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Read the header: every tensor, by name. No value is read."""
+    try:
+        return _header(path)
+    except Exception as error:  # a header that is no JSON, or not of this form: many types
+        raise ValueError(
+            f"{path} is damaged, or no .safetensors file ({type(error).__name__}: {error}). Pass "
+            "another file"
+        ) from error
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    size = os.path.getsize(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size:
+            raise ValueError(f"a header of {length} bytes in {size}")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, about in sorted(header.items()):
+        tensor = Tensor(
+            tuple(map(int, about["shape"])),
+            jnp.dtype(_DTYPES[about["dtype"]]),
+            8 + length + int(about["data_offsets"][0]),
+        )
+        if tensor.start + tensor.dtype.itemsize * np.prod(tensor.shape, dtype=object) > size:
+            raise ValueError(f"{name} is cut off")
+        found[name] = tensor
+    return found
+
+
+def value(path: Path, tensor: Tensor) -> np.ndarray:
+    """Read the value of a tensor."""
+    count = int(np.prod(tensor.shape, dtype=object))
+    flat = np.fromfile(os.fspath(path), tensor.dtype, count, offset=tensor.start)
+    return flat.reshape(tensor.shape)
