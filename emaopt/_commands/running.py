@@ -76,14 +76,14 @@ def _interrupts() -> Iterator[list[int]]:
 @contextmanager
 def _no_logs() -> Iterator[None]:
     """Silence all loggers, and threads of TensorStore: they print what is then raised."""
-    disabled, hook = logging.root.manager.disable, sys.excepthook
+    disabled, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
-    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda *_: None
     try:
         yield
     finally:
         logging.disable(disabled)
-        sys.excepthook = hook
+        sys.unraisablehook = hook
 
 
 def open_streams() -> None:

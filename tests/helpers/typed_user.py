@@ -224,11 +224,12 @@ def logged(params: Params, opt_state: optax.OptState) -> None:
 def from_tf1(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
     from emaopt import tf1
 
-    rules = [*tf1.TF_LAYERS, *tf1.SLIM, tf1.depthwise("kernel$", "depthwise_kernel")]
+    slow: tf1.AverageName = "slow"
+    rules: tf1.Rename = [*tf1.TF_LAYERS, *tf1.SLIM, tf1.depthwise("kernel$", "depthwise_kernel")]
     variables = assert_type(tf1.inspect("/model.ckpt"), list[tf1.Variable])
     print(variables[0].name, variables[0].becomes)
     params, opt_state, skipped = tf1.load_partial("/model.ckpt", params, opt_state)
     assert_type(skipped, dict[str, str])
     params, opt_state = tf1.load("/model.ckpt", params, opt_state, rename=rules)
-    tf1.save("/model.ckpt-2", params, opt_state, rename={"w": "weights"}, like="/model.ckpt")
+    tf1.save("/model.ckpt-2", params, opt_state, average_name=slow, like="/model.ckpt")
     return params, opt_state

@@ -20,8 +20,17 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from emaopt._commands import paths
-from emaopt._commands.paths import Path
+from emaopt._commands.paths import (
+    SAFETENSORS,
+    TF1,
+    Path,
+    absolute,
+    check_new,
+    find,
+    load_tensorflow,
+    remove,
+    temporary,
+)
 from emaopt._commands.progress import watched
 from emaopt._names import AVERAGE
 from emaopt._tree.paths import KeyPath, Tree
@@ -55,13 +64,13 @@ def convert(
         swapped: Whether the checkpoint of TF1 is of the form that its `swapping_saver` writes.
         average_name: As in `emaopt.tf1.load`.
     """
-    here, there = paths.find(source), paths.absolute(destination)
-    if here.format == paths.SAFETENSORS:
+    here, there = find(source), absolute(destination)
+    if here.format == SAFETENSORS:
         raise ValueError(f"{here.path} is a .safetensors file. Pass a checkpoint of TF1 or Orbax")
     form = Form(averages, swapped, average_name)
-    paths.check_new(there)
-    paths.load_tensorflow()
-    if here.format == paths.TF1:
+    check_new(there)
+    load_tensorflow()
+    if here.format == TF1:
         _check_directory(there)
         _to_orbax(here.path, there, form)
     else:
@@ -86,21 +95,21 @@ def _to_orbax(source: Path, destination: Path, form: Form) -> None:
     abstract = {name: jax.ShapeDtypeStruct(*checkpoint.stored[name]) for name in places}
     for item, tree in _items(abstract, places):
         check_leaves(item, tree)
-    temporary = paths.temporary(destination)
+    parts_in = temporary(destination)
     found: dict[KeyPath, Any] = {}
     try:
         for part in _parts({name: size(*checkpoint.stored[name]) for name in places}):
             values = {name: checkpoint.value(name) for name in part}
             with _writing(destination):
-                _save(temporary, values, places)
+                _save(parts_in, values, places)
             found |= {places[name]: digests([value])[0] for name, value in values.items()}
         items = {path[0] for path in found}
         each = {i: [found[path] for path in sorted(found) if path[0] == i] for i in items}
         with _writing(destination):
-            _assemble(temporary, {item: with_own_digest(np.asarray(each[item])) for item in items})
-            (temporary / DIGESTS).rename(destination)
+            _assemble(parts_in, {item: with_own_digest(np.asarray(each[item])) for item in items})
+            (parts_in / DIGESTS).rename(destination)
     finally:
-        paths.remove(temporary)
+        remove(parts_in)
 
 
 @contextmanager
