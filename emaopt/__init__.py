@@ -95,7 +95,7 @@ from ._optimizers.steps import (
     compute_gradients as compute_gradients,
     minimize as minimize,
 )
-from ._tree.packing import pack as pack, unpack as unpack, unpacked as unpacked
+from ._tree.packing import on_leaves as on_leaves, pack as pack, unpack as unpack
 from ._tree.rows import Rows as Rows, put as put, rows as rows, take as take
 
 

@@ -109,7 +109,7 @@ def _all(tree: Any, name: str) -> Any:
 def _plain(tree: Tree) -> Tree:
     """Return the names by key path; absent leaves stay absent, equal names are an error."""
     check_unpacked(
-        "tree", tree, "Its leaves have names in emaopt.unpack(tree); for a mask, emaopt.unpacked."
+        "tree", tree, "Its leaves have names in emaopt.unpack(tree); for a mask, emaopt.on_leaves."
     )
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
     found = leaf_names(tree)

@@ -1,9 +1,16 @@
-"""Functions of the gradients: clipping by value, norm, average norm and global norm.
+"""Clip gradients: by value, norm, average norm and global norm.
 
-In TF1's order of operations, so "not clipped" is `x * c / c`: the same number for most c. Norms
-are computed in float32 or wider. A zero gradient stays zero, and the derivative there is finite.
+TF1's order of operations, so gradients that need no clipping are still multiplied and divided by
+the bound, and may change in the last bit. Norms are computed in float32 or wider; of complex
+numbers they are the root of the sum of |x|**2. A zero gradient stays zero, and the derivative
+there is finite.
+
+A norm that no number can reach bounds nothing: `clip_norm=float("inf")`, and in float32 every
+`clip_norm` from 1.9e19 on, whose square overflows. The gradients then pass unchanged.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,51 +19,60 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from emaopt._tree.checks import check
+from emaopt._tree.checks import Range, check_scalar
 from emaopt._tree.leaves import map_leaves, tree_map, zip_leaves
-from emaopt._tree.numbers import is_concrete, scalar, wide
+from emaopt._tree.numbers import is_concrete, real_dtype, scalar, wide
 from emaopt._tree.packing import check_unpacked
 from emaopt._tree.paths import Tree
 
+from .numerics import sqrt
+
+
+_SMALLEST = float(np.finfo(np.float32).tiny)
+_CLIP_NORM = Range(lambda c: c >= _SMALLEST, "a number above 0; float('inf') is no clipping")
+
 
 def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTransformation:
-    """Each element between two bounds: `max(min(x, clip_value_max), clip_value_min)`.
+    """Clip each element to a range, as TF1's `tf.clip_by_value`.
 
-    A bound is a scalar, or a tree like the gradients with a scalar or an array for each leaf;
-    `None` is no bound. NaN stays NaN. TF1's `tf.clip_by_value`.
+    `max(min(x, clip_value_max), clip_value_min)`. NaN stays NaN. Of complex numbers real and
+    imaginary part are clipped, each by itself.
 
-    >>> clip_by_value(-1.0, 2.0).update({"w": jnp.array([-3.0, 1.0, 5.0])}, optax.EmptyState())[0]
-    {'w': Array([-1.,  1.,  2.], dtype=float32)}
+    Args:
+        clip_value_min: the lower bound: a scalar, a tree like the gradients with a scalar or an
+            array for each leaf, or `None` for no bound.
+        clip_value_max: the upper bound, likewise.
+
+    Returns:
+        A transformation without state.
+
+    Raises:
+        ValueError: a lower bound is above its upper bound or NaN, or a bound does not fit its leaf.
+
+    Example:
+        >>> tx = clip_by_value(-1.0, 2.0)
+        >>> tx.update({"w": jnp.array([-3.0, 1.0, 5.0])}, optax.EmptyState())[0]
+        {'w': Array([-1.,  1.,  2.], dtype=float32)}
     """
-    for lo, hi in _pairs(clip_value_min, clip_value_max):
-        if lo is None or hi is None or not (is_concrete(lo) and is_concrete(hi)):
+    for low, high in _pairs(clip_value_min, clip_value_max):
+        if low is None or high is None or not (is_concrete(low) and is_concrete(high)):
             continue
-        if not np.all(np.asarray(lo) <= np.asarray(hi)):
+        if not np.all(np.asarray(low) <= np.asarray(high)):
             raise ValueError(
-                f"clip_value_min={lo} is above clip_value_max={hi} or is not a number. Swap them."
+                f"clip_value_min={low} is above clip_value_max={high} or is not a number. "
+                "Swap them."
             )
 
-    def clip(x, lo, hi):
-        x = jnp.asarray(x)
-        for name, bound in (("clip_value_min", lo), ("clip_value_max", hi)):
-            if not _fits(np.shape(bound), x.shape):
-                raise ValueError(
-                    f"{name} has shape {np.shape(bound)} at a leaf of shape {x.shape}. Pass a "
-                    "scalar, or a tree with an array of the leaf's shape."
-                )
-        x = x if hi is None else jnp.minimum(x, scalar(hi, x.dtype))
-        return x if lo is None else jnp.maximum(x, scalar(lo, x.dtype))
+    def everywhere(bound: Any, updates: Tree) -> Tree:
+        return bound if _is_tree(bound) else jax.tree.map(lambda _: bound, updates)
 
     def update(updates, state, params=None):
         del params
-        everywhere = lambda bound: (
-            bound if _is_tree(bound) else jax.tree.map(lambda _: bound, updates)
-        )
         clipped = tree_map(
-            clip,
+            _clip_to_range,
             updates=updates,
-            clip_value_min=everywhere(clip_value_min),
-            clip_value_max=everywhere(clip_value_max),
+            clip_value_min=everywhere(clip_value_min, updates),
+            clip_value_max=everywhere(clip_value_max, updates),
         )
         return clipped, state
 
@@ -66,15 +82,26 @@ def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTra
 def clip_by_norm(
     clip_norm: ArrayLike, axes: int | tuple[int, ...] | list[int] | None = None
 ) -> optax.GradientTransformation:
-    """Each leaf scaled down to an L2 norm of at most `clip_norm`: `x * c / max(norm(x), c)`.
+    """Scale each leaf down to an L2 norm of at most `clip_norm`, as TF1's `tf.clip_by_norm`.
 
-    `axes`: the norm is over these axes, each slice of the leaf by itself; over all by default.
-    The derivative at a zero gradient is the identity. TF1's `tf.clip_by_norm`.
+    `x * c / max(norm(x), c)`. The derivative at a zero gradient is the identity.
 
-    >>> clip_by_norm(2.5).update({"w": jnp.array([3.0, 4.0])}, optax.EmptyState())[0]
-    {'w': Array([1.5, 2. ], dtype=float32)}
+    Args:
+        clip_norm: a number above 0; infinity is no clipping.
+        axes: the axes that a norm is taken over: each slice is clipped by itself. All by default.
+
+    Returns:
+        A transformation without state.
+
+    Raises:
+        ValueError: `clip_norm` is not above 0, `axes` are no whole numbers or a leaf has fewer
+            axes, or the gradients are packed.
+
+    Example:
+        >>> clip_by_norm(2.5).update({"w": jnp.array([3.0, 4.0])}, optax.EmptyState())[0]
+        {'w': Array([1.5, 2. ], dtype=float32)}
     """
-    _check_norm(clip_norm)
+    check_scalar("clip_norm", clip_norm, *_CLIP_NORM)
     if axes is not None:
         axes = tuple(axes) if isinstance(axes, (list, tuple)) else (axes,)
         if not all(isinstance(axis, (int, np.integer)) for axis in axes):
@@ -83,113 +110,195 @@ def clip_by_norm(
                 'static: optax.inject_hyperparams(clip_by_norm, static_args="axes").'
             )
 
-    def clip(x, c):
-        norm = _norm(jnp.sum(x * x, axis=axes, keepdims=True))
-        return x * c / jnp.maximum(norm, c)
+    def clip(c: Any, x: jax.Array) -> jax.Array:
+        norm = sqrt(jnp.sum(_squares(x), axis=axes, keepdims=True))
+        return _by_parts(lambda x: x * c / jnp.maximum(norm, c), x)
 
     def update(updates, state, params=None):
         del params
-        check_unpacked("updates", updates, "Wrap it: emaopt.unpacked(clip_by_norm(...)).")
+        check_unpacked("updates", updates, "Wrap it: emaopt.on_leaves(clip_by_norm(...)).")
         _check_axes(axes, updates)
-        return _per_leaf(clip, updates, clip_norm), state
+        return _per_leaf(lambda x: _unless_boundless(clip, x, clip_norm), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def clip_by_average_norm(clip_norm: ArrayLike) -> optax.GradientTransformation:
-    """Each leaf scaled down to an average norm of at most `clip_norm`.
+    """Scale each leaf down to an average norm, as TF1's `tf.clip_by_average_norm`.
 
-    The average norm of n elements is `norm(x) / n` (not the root mean square); the leaf becomes
-    `x * c * min(n / norm(x), 1 / c)`. TF1's `tf.clip_by_average_norm`.
+    The average norm of n elements is `norm(x) / n` (not the root mean square). The leaf becomes
+    `x * c * min(n / norm(x), 1 / c)`.
 
-    >>> clip_by_average_norm(1.25).update({"w": jnp.array([3.0, 4.0])}, optax.EmptyState())[0]
-    {'w': Array([1.5, 2. ], dtype=float32)}
+    Args:
+        clip_norm: a number above 0; infinity is no clipping.
+
+    Raises:
+        ValueError: `clip_norm` is not above 0, or the gradients are packed.
+
+    Example:
+        >>> clip_by_average_norm(1.25).update({"w": jnp.array([3.0, 4.0])}, optax.EmptyState())[0]
+        {'w': Array([1.5, 2. ], dtype=float32)}
     """
-    _check_norm(clip_norm)
+    check_scalar("clip_norm", clip_norm, *_CLIP_NORM)
 
-    def clip(x, c):
-        squares = jnp.sum(x * x)
-        inverse = jnp.where(squares == 0, jnp.inf, jax.lax.rsqrt(_nonzero(squares)))
-        return x * c * jnp.minimum(inverse * x.size, 1 / c)
+    def clip(c: Any, x: jax.Array) -> jax.Array:
+        squares = jnp.sum(_squares(x))
+        inverse = jax.lax.rsqrt(jnp.where(squares == 0, 1, squares))
+        scale = jnp.where(squares == 0, 1 / c, jnp.minimum(inverse * x.size, 1 / c))
+        return _by_parts(lambda x: x * c * scale, x)
 
     def update(updates, state, params=None):
         del params
-        check_unpacked("updates", updates, "Wrap it: emaopt.unpacked(clip_by_average_norm(...)).")
-        return _per_leaf(clip, updates, clip_norm), state
+        check_unpacked("updates", updates, "Wrap it: emaopt.on_leaves(clip_by_average_norm(...)).")
+        return _per_leaf(lambda x: _unless_boundless(clip, x, clip_norm), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def clip_by_global_norm(clip_norm: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    """All leaves scaled by one factor, down to a global norm of at most `clip_norm`.
+    """Scale all leaves by one factor, down to a global norm of at most `clip_norm`.
 
-    `x * c * min(1 / norm, 1 / c)`. `update(..., use_norm=norm)` takes a norm that is known already
-    and believes it. A norm that is infinite or NaN makes every element NaN, so that
+    `x * c * min(1 / norm, 1 / c)`. A norm that is infinite or NaN makes every element NaN, so that
     `optax.apply_if_finite` sees it. TF1's `tf.clip_by_global_norm`.
 
-    >>> grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
-    >>> clip_by_global_norm(2.5).update(grads, optax.EmptyState())[0]
-    {'a': Array([1.5], dtype=float32), 'b': Array([2.], dtype=float32)}
+    Under `jax.jit` with sharded gradients the norm is of whole arrays. Inside `jax.shard_map` each
+    device sees its own shards, and would clip by the norm of those: pass the norm of all with
+    `use_norm`, as in the second example. Leaves that are replicated count once, not in the sum.
+
+    Args:
+        clip_norm: a number above 0; infinity is no clipping.
+
+    Returns:
+        A transformation without state. `update(..., use_norm=norm)` takes a norm that is known
+        already, and believes it.
+
+    Raises:
+        ValueError: `clip_norm` is not above 0, or `use_norm` is no scalar.
+
+    Example:
+        >>> grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+        >>> clip_by_global_norm(2.5).update(grads, optax.EmptyState())[0]
+        {'a': Array([1.5], dtype=float32), 'b': Array([2.], dtype=float32)}
+        >>> def clip_shards(shards):
+        ...     norm = jnp.sqrt(jax.lax.psum(global_norm(shards) ** 2, "data"))
+        ...     return clip_by_global_norm(2.5).update(shards, optax.EmptyState(), use_norm=norm)[0]
     """
-    _check_norm(clip_norm)
+    check_scalar("clip_norm", clip_norm, *_CLIP_NORM)
 
     def update(updates, state, params=None, *, use_norm=None, **extra):
         del params, extra
-        norm = global_norm(updates) if use_norm is None else jnp.asarray(use_norm)
-        if norm.shape != ():
-            raise ValueError(f"use_norm has shape {norm.shape}. Pass a scalar.")
-        norm = norm.astype(wide(norm.dtype))
-        c = scalar(clip_norm, norm.dtype)
-        scale = c * jnp.minimum(1 / _nonzero(norm, c), 1 / c)
-        scale = jnp.where(jnp.isfinite(norm), scale, jnp.nan)
-        return _per_leaf(jnp.multiply, updates, scale), state
+        norm: Any = global_norm(updates) if use_norm is None else use_norm
+        if not hasattr(norm, "dtype"):  # a Python number, maybe a whole one beyond int32
+            norm = np.float32(norm)
+        if np.shape(norm) != ():
+            raise ValueError(f"use_norm has shape {np.shape(norm)}. Pass a scalar.")
+        norm = jnp.asarray(norm).astype(wide(norm.dtype))
+        scale = _unless_boundless(partial(_scale, norm), jnp.ones((), norm.dtype), clip_norm)
+        return _per_leaf(
+            lambda x: _by_parts(lambda x: x * scale.astype(x.dtype), x), updates
+        ), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def global_norm(tree: Tree) -> jax.Array:
-    """The L2 norm of all leaves together, a scalar: `sqrt(sum of x * x)`.
+    """Return the L2 norm of all leaves together, as TF1's `tf.global_norm`.
 
-    Of the widest dtype among the leaves, float32 at least. Absent leaves count nothing. Its
-    derivative at zero is zero. TF1's `tf.global_norm`.
+    `sqrt(sum of |x|**2)`, a scalar of the widest dtype among the leaves, float32 at least. Absent
+    leaves count nothing. Its derivative at zero is zero. Inside `jax.shard_map` it is the norm of
+    the shards of one device: see `clip_by_global_norm`.
 
-    >>> global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0]), "c": None})
-    Array(5., dtype=float32)
+    Example:
+        >>> global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0]), "c": None})
+        Array(5., dtype=float32)
     """
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-    leaves = [x.astype(wide(x.dtype)) for x in leaves]
-    dtype = max((x.dtype for x in leaves), key=lambda d: d.itemsize, default=jnp.float32)
-    squares = [jnp.zeros((), dtype), *(jnp.sum(x * x).astype(dtype) for x in leaves)]
-    # the maximum changes nothing, NaN neither; without it XLA makes of the sum one addition per
-    # leaf, and repeats them all inside every leaf that is scaled
-    return _norm(jnp.sum(jnp.maximum(jnp.stack(squares), 0)))
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if not _is_float0(x)]
+    sums = [jnp.sum(_squares(x.astype(wide(x.dtype)))) for x in leaves]
+    dtype = max((x.dtype for x in sums), key=lambda d: d.itemsize, default=jnp.float32)
+    squares = [jnp.zeros((), dtype), *(x.astype(dtype) for x in sums)]
+    # The maximum changes nothing, NaN neither. Without it XLA makes of the sum one addition per
+    # leaf, and repeats them all inside every leaf that is scaled: the time to compile then grows
+    # with the square of the number of leaves.
+    return sqrt(jnp.sum(jnp.maximum(jnp.stack(squares), 0)))
 
 
-def _norm(squares):
-    """A square root whose derivative at zero is zero; infinity and NaN pass."""
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares)
+def _clip_to_range(x: ArrayLike, low: Any, high: Any) -> Any:
+    """Return one leaf between its bounds."""
+    if _is_float0(x):
+        return x
+    x = jnp.asarray(x)
+    for name, bound in (("clip_value_min", low), ("clip_value_max", high)):
+        if not _fits(np.shape(bound), x.shape):
+            raise ValueError(
+                f"{name} has shape {np.shape(bound)} at a leaf of shape {x.shape}. Pass a "
+                "scalar, or a tree with an array of the leaf's shape."
+            )
+
+    def clip(x: jax.Array) -> jax.Array:
+        x = x if high is None else jnp.minimum(x, _bound(high, x.dtype))
+        return x if low is None else jnp.maximum(x, _bound(low, x.dtype))
+
+    return _by_parts(clip, x)
 
 
-def _nonzero(x, instead: Any = 1):
-    return jnp.where(x == 0, instead, x)
+def _bound(bound: Any, dtype: np.dtype) -> Any:
+    """Return a bound in the dtype of a leaf. A whole number beyond its range bounds nothing."""
+    if jnp.issubdtype(dtype, jnp.integer) and not isinstance(bound, jax.Array):
+        bound = np.clip(np.asarray(bound), jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
+    with np.errstate(over="ignore"):  # 1e39 is infinite in float32, so no bound
+        return scalar(bound, dtype)
 
 
-def _per_leaf(f, updates: Tree, hyper: ArrayLike) -> Tree:
-    """`f(x, hyper)` in float32 or wider, each leaf back in its own dtype."""
+def _unless_boundless(clip: Callable, x: jax.Array, clip_norm: ArrayLike) -> jax.Array:
+    """Return `clip(c, x)` with `c` in the dtype of `x`, or `x` where no norm can reach `c`.
+
+    Norms are roots: none is above the root of the largest number. TF1's formulas make NaN or 0 of
+    an infinite bound, `x * inf / inf`, and of one whose inverse is 0.
+    """
+    dtype = real_dtype(x.dtype)
+    with np.errstate(over="ignore"):
+        c = scalar(clip_norm, dtype)
+    largest = np.sqrt(jnp.finfo(dtype).max)
+    if is_concrete(c):
+        return x if c >= largest else clip(c, x)
+    return jnp.where(c >= largest, x, clip(jnp.minimum(c, largest), x))
+
+
+def _scale(norm: jax.Array, c: Any, one: jax.Array) -> jax.Array:
+    """Return the factor of all leaves; NaN if their norm is not finite."""
+    scale = c * jnp.minimum(one / jnp.where(norm == 0, c, norm), one / c)
+    return jnp.where(jnp.isfinite(norm), scale, jnp.nan)
+
+
+def _squares(x: jax.Array) -> jax.Array:
+    """Return |x|**2 of each element, real."""
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+
+
+def _by_parts(f: Callable, x: jax.Array) -> jax.Array:
+    """Return `f(x)`; of complex numbers, `f` of real and of imaginary part."""
+    return jax.lax.complex(f(x.real), f(x.imag)) if jnp.iscomplexobj(x) else f(x)
+
+
+def _per_leaf(f: Callable, updates: Tree) -> Tree:
+    """Return `f` of each leaf, computed in float32 or wider and given back in its own dtype."""
 
     def leaf(x):
+        if _is_float0(x):
+            return x
         x = jnp.asarray(x)
-        dtype = wide(x.dtype)
-        return f(x.astype(dtype), scalar(hyper, dtype)).astype(x.dtype)
+        return f(x.astype(wide(x.dtype))).astype(x.dtype)
 
     return tree_map(leaf, updates=updates)
 
 
-def _check_norm(clip_norm) -> None:
-    check("clip_norm", clip_norm, lambda c: c > 0, "a number above 0")
+def _is_float0(x: Any) -> bool:
+    """Whether a gradient is the float0 that `jax.grad(..., allow_int=True)` gives integers."""
+    return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
-def _check_axes(axes, updates: Tree) -> None:
+def _check_axes(axes: tuple[int, ...] | None, updates: Tree) -> None:
+    """Raise if a leaf does not have the axes."""
     if axes is None:
         return
 
@@ -209,12 +318,13 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(shape) <= len(wanted) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))
 
 
-def _is_tree(bound) -> bool:
+def _is_tree(bound: Any) -> bool:
+    """Whether a bound is a tree, not one value for all leaves."""
     return not jax.tree_util.treedef_is_leaf(jax.tree.structure(bound))
 
 
-def _pairs(low, high):
-    """The bounds side by side where both are given in the same form."""
+def _pairs(low: Any, high: Any) -> list[tuple]:
+    """Return lower and upper bounds side by side, where both are given."""
     if _is_tree(low) and _is_tree(high):
         return zip_leaves(clip_value_min=low, clip_value_max=high)[0]
     if _is_tree(low) or _is_tree(high):

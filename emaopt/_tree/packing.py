@@ -24,7 +24,10 @@ from .paths import Tree, is_none, leaf_names
 
 
 class _Place(NamedTuple):
-    """Where a leaf is: in which array, of which shape; `joined`: with others, in their order."""
+    """Say where a leaf is: in which array, and of which name and shape.
+
+    `joined`: whether it stands in the array with others, in their order.
+    """
 
     array: str
     name: str
@@ -33,7 +36,7 @@ class _Place(NamedTuple):
 
 
 class _Layout:
-    """Where all leaves of a tree are."""
+    """Say where all leaves of a tree are. Static: part of the structure of a `Packed` node."""
 
     def __init__(self, treedef: Any, places: tuple[_Place, ...]):
         self.treedef, self.places = treedef, places
@@ -53,26 +56,27 @@ class _Layout:
 
 @jax.tree_util.register_pytree_with_keys_class
 class Packed:
-    """What `pack` makes: a pytree node with few arrays, in place of a tree with many.
+    """Hold the leaves of a tree in few arrays: a pytree node in place of the tree.
 
-    Its leaves: one array `[n]` per dtype, and the leaves that were not joined.
+    `pack` makes it, and `unpack` opens it. Its leaves are one array `[n]` per dtype, and the leaves
+    that were not joined.
     """
 
     def __init__(self, layout: _Layout, arrays: tuple):
         self._layout, self._arrays = layout, arrays
 
     def tree_flatten_with_keys(self):
-        """For JAX: the arrays, by name."""
+        """Return the arrays by name, for JAX."""
         keys = map(DictKey, self._layout.arrays)
         return tuple(zip(keys, self._arrays, strict=True)), self._layout
 
     def tree_flatten(self):
-        """For JAX: the arrays."""
+        """Return the arrays, for JAX."""
         return self._arrays, self._layout
 
     @classmethod
     def tree_unflatten(cls, layout, arrays):
-        """For JAX: the arrays, or whatever is in their place."""
+        """Return a node of arrays, or of whatever JAX puts in their place."""
         return cls(layout, tuple(arrays))
 
     def __repr__(self) -> str:
@@ -81,22 +85,33 @@ class Packed:
 
 
 def pack(tree: Tree, like: Tree = None, max_size: int = 2**16) -> Any:
-    """The leaves of a tree joined, one array per dtype, as a pytree node in place of the tree.
+    """Join the many small leaves of a tree into one array per dtype.
 
     Pack the parameters once, before `tx.init`, and open them in the loss:
     `loss(unpack(params), ...)`. Gradients, slots and averages are then packed as well. For what
-    needs the original names (`names`, `emaopt.checkpoint`, `tf1`): `unpack((params, opt_state))`,
-    and back `pack((params, opt_state), like=...)`, where `like` has packed nodes in the same
-    places, as the state of `tx.init`.
+    needs the original names (`names`, `emaopt.checkpoint`, `tf1`) unpack both,
+    `unpack((params, opt_state))`, and pack them again with `like`.
 
-    Not joined: leaves above `max_size` elements (joining copies them), those sharded over several
-    devices, and keys. A transformation sees arrays where it saw leaves, which is the same for what
-    works element by element and for `clip_by_global_norm`. What treats every leaf by itself, by
-    norm or by name, goes into `unpacked`. `heal` mends whole arrays, and `stochastic` draws other
-    numbers.
+    Some leaves stay alone: those above `max_size` elements, those sharded over several devices,
+    and keys. A transformation sees arrays where it saw leaves. That is the same for what works
+    element by element, and for `clip_by_global_norm`. What treats every leaf by itself, by norm or
+    by name, goes into `on_leaves`. `heal` mends whole arrays, and `stochastic` draws other numbers.
 
-    >>> pack({"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])})
-    Packed(2 leaves in {'float32_9a5fbd5f': Array([1., 2., 3.], dtype=float32)})
+    Args:
+        tree: any pytree of arrays and numbers. It may have absent leaves, but no packed nodes.
+        like: a tree with packed nodes in the places where `tree` has what they were made of, such
+            as `(params, opt_state)` before `unpack`.
+        max_size: how many elements a leaf may have to be joined; joining copies it.
+
+    Returns:
+        A `Packed` node, or with `like` a tree with packed nodes where `like` has them.
+
+    Raises:
+        ValueError: `tree` is packed already, has two leaves of one name, or does not fit `like`.
+
+    Example:
+        >>> pack({"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])})
+        Packed(2 leaves in {'float32_9a5fbd5f': Array([1., 2., 3.], dtype=float32)})
     """
     if like is not None:
         if not any(map(_is_packed, jax.tree.leaves(like, is_leaf=_is_packed))):
@@ -113,7 +128,8 @@ def pack(tree: Tree, like: Tree = None, max_size: int = 2**16) -> Any:
     joined: dict[Any, list] = {}
     for kind, name, x in zip(kinds, names, leaves, strict=True):
         joined.setdefault(kind, []).append((name, x.shape))
-    # a checkpoint of other leaves must not fit, so the name of an array says what is in it
+    # The name of an array has a checksum of the names and shapes in it. Without it a checkpoint of
+    # other leaves with as many elements would be restored without an error, each leaf wrong.
     called = {
         kind: f"{kind[0]}_{zlib.crc32(repr(members).encode()):08x}"
         for kind, members in joined.items()
@@ -127,30 +143,33 @@ def pack(tree: Tree, like: Tree = None, max_size: int = 2**16) -> Any:
 
 
 def unpack(tree: Tree) -> Tree:
-    """The tree with every packed node opened: the original leaves, bit for bit.
+    """Return the tree with every packed node opened: the original leaves, bit for bit.
 
-    Of anything with packed nodes in it: parameters, a state, both. Cheap inside a loss: its
-    derivative joins the gradients once. What stands for a whole array (a mask, a count) goes to
-    every leaf of it.
+    It opens anything with packed nodes in it: parameters, a state, both. Inside a loss it is
+    cheap: its derivative joins the gradients once. What stands in place of a whole array (a mask,
+    a count) is given to every leaf of it.
 
-    >>> unpack((pack({"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])}), 7))
-    ({'a': Array([1., 2.], dtype=float32), 'b': Array([[3.]], dtype=float32)}, 7)
+    Example:
+        >>> unpack((pack({"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])}), 7))
+        ({'a': Array([1., 2.], dtype=float32), 'b': Array([[3.]], dtype=float32)}, 7)
     """
     return jax.tree.map(
         lambda node: _open(node) if _is_packed(node) else node, tree, is_leaf=_is_packed
     )
 
 
-def unpacked(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A transformation that sees the leaves, in a chain that works on packed ones.
+def on_leaves(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Return a transformation that sees the leaves, in a chain that works on packed arrays.
 
-    For what treats every leaf by itself, by norm or by name. Its state is not packed.
+    For a `tx` that treats every leaf by itself, by norm or by name. Its state is not packed.
 
-    >>> import emaopt
-    >>> tx = optax.chain(unpacked(emaopt.clip_by_norm(2.5)), emaopt.momentum(0.1, 0.9))
-    >>> weights = unpacked(optax.masked(optax.add_decayed_weights(1e-4), emaopt.matching("kernel")))
+    Example:
+        >>> import emaopt
+        >>> tx = optax.chain(on_leaves(emaopt.clip_by_norm(2.5)), emaopt.momentum(0.1, 0.9))
+        >>> decay = optax.add_decayed_weights(1e-4)
+        >>> weights = on_leaves(optax.masked(decay, emaopt.matching("kernel")))
     """
-    inner = optax.with_extra_args_support(transformation)
+    inner = optax.with_extra_args_support(tx)
 
     def init(params):
         return inner.init(unpack(params))
@@ -163,17 +182,18 @@ def unpacked(transformation: optax.GradientTransformation) -> optax.GradientTran
 
 
 def check_unpacked(name: str, tree: Tree, fix: str) -> None:
-    """Raise if there is a packed node in a tree."""
+    """Raise if there is a packed node in a tree; `fix` ends the error message."""
     if any(map(_is_packed, jax.tree.leaves(tree, is_leaf=_is_packed))):
         raise ValueError(f"{name} is packed. {fix}")
 
 
 def _is_packed(node: Any) -> bool:
+    """Whether a node is one that `pack` made."""
     return isinstance(node, Packed)
 
 
 def _kind(x: jax.Array, max_size: int) -> Any:
-    """What a leaf has in common with those that it can be joined with; `None` if with none."""
+    """Return the key under which leaves are joined: dtype and devices; `None` for a leaf alone."""
     if x.size > max_size or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return None
     if not is_concrete(x):
@@ -184,7 +204,7 @@ def _kind(x: jax.Array, max_size: int) -> Any:
 
 
 def _like(tree: Tree, like: Tree) -> Tree:
-    """The tree with packed nodes where `like` has them."""
+    """Return the tree with packed nodes where `like` has them."""
     nodes, treedef = jax.tree.flatten(like, is_leaf=_is_packed)
     parts = _up_to(treedef, tree)
     return treedef.unflatten(
@@ -196,6 +216,7 @@ def _like(tree: Tree, like: Tree) -> Tree:
 
 
 def _up_to(treedef: Any, tree: Tree) -> list:
+    """Return the parts of a tree at the leaves of a structure."""
     try:
         return treedef.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
@@ -206,7 +227,7 @@ def _up_to(treedef: Any, tree: Tree) -> list:
 
 
 def _fill(layout: _Layout, leaves: list, like: tuple | None = None) -> Packed:
-    """The leaves in their arrays; one leaf for all where `like` has no array of all."""
+    """Put leaves into their arrays; where `like` has no array of all, one leaf stands for all."""
     arrays = []
     for n, members in enumerate(layout.arrays.values()):
         rows = [leaves[i] for i in members]
@@ -217,7 +238,7 @@ def _fill(layout: _Layout, leaves: list, like: tuple | None = None) -> Packed:
 
 
 def _join(places: list[_Place], leaves: list) -> jax.Array:
-    """The leaves one after the other, `[n]`; after any further axes that all of them have."""
+    """Join leaves one after the other, `[n]`; further leading axes stay, as those of `jax.vmap`."""
     leaves = [x if x is None else jnp.asarray(x) for x in leaves]
     first = leaves[0]
     for place, x in zip(places, leaves, strict=True):
@@ -235,7 +256,7 @@ def _join(places: list[_Place], leaves: list) -> jax.Array:
 
 
 def _open(packed: Packed) -> Tree:
-    """The tree of a packed node; what stands for a whole array goes to every leaf of it."""
+    """Return the tree of a packed node; what stands for a whole array goes to every leaf of it."""
     layout = packed._layout
     leaves: list[Any] = [None] * len(layout.places)
     for name, x in zip(layout.arrays, packed._arrays, strict=True):
@@ -257,7 +278,10 @@ def _open(packed: Packed) -> Tree:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _split(x: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """The leaves of an array, along its last axis."""
+    """Return the leaves of an array, cut along its last axis.
+
+    Jitted, so that op by op it is one call instead of two per leaf.
+    """
     sizes = tuple(map(math.prod, shapes))
     parts = (_differentiable if is_inexact(x) else _read)(x, sizes)
     lead = x.shape[:-1]
@@ -265,16 +289,18 @@ def _split(x: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]
 
 
 def _read(x: jax.Array, sizes: tuple[int, ...]) -> Sequence[jax.Array]:
+    """Cut an array along its last axis, in the way that compiles fastest on the platform."""
     return lax.platform_dependent(
         x, cpu=lambda x: _sliced(x, sizes), default=lambda x: lax.split(x, sizes, axis=x.ndim - 1)
     )
 
 
 def _sliced(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
-    """The same, from places that the compiler does not know.
+    """Cut an array as `lax.split` does, with the offsets hidden from the compiler.
 
-    XLA on CPU compiles whatever reads a slice anew for each constant place, and once for all places
-    that it reads from an array; the barrier hides what is in those.
+    XLA's CPU backend compiles a separate kernel for every constant offset. With offsets that it
+    cannot see, all slices of one shape share a kernel: without this every leaf adds one to compile.
+    The barrier keeps XLA from folding the constants.
     """
     ends = np.cumsum(sizes, dtype=np.int32)
     starts = [np.array([end - size, 0]) for end, size in zip(ends, sizes, strict=True)]
@@ -286,7 +312,11 @@ def _sliced(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
 
 
 def _derivative(sizes, primals, tangents):
-    """By a split, whose transpose is one concatenation; that of a slice is a whole array."""
+    """Differentiate by `lax.split`, whose transpose is one concatenation.
+
+    The transpose of a slice is an array of zeros as long as the whole, for each leaf: without this
+    the gradient of a thousand leaves would write a thousand packed arrays and add them up.
+    """
     (x,), (tangent,) = primals, tangents
     return _read(x, sizes), lax.split(tangent, sizes, axis=x.ndim - 1)
 

@@ -156,7 +156,7 @@ def many_leaves(params: Params) -> optax.GradientTransformation:
     packed = emaopt.pack(params)
     opened: Params = emaopt.unpack(packed)
     print(opened["w"])
-    return optax.chain(emaopt.unpacked(emaopt.clip_by_norm(1.0)), emaopt.momentum(0.1, 0.9))
+    return optax.chain(emaopt.on_leaves(emaopt.clip_by_norm(1.0)), emaopt.momentum(0.1, 0.9))
 
 
 def checkpoints(params: Params, opt_state: optax.OptState) -> Iterator[Params]:

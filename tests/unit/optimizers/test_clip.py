@@ -9,6 +9,7 @@ import optax
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.test_util import check_grads
 
 from emaopt import (
@@ -273,3 +274,96 @@ def test_clipping_by_a_norm_keeps_the_direction_and_the_bound(x, bound):
 @given(VALUES, NUMBERS(-1e3, 0), NUMBERS(0, 1e3))
 def test_clipping_by_value_is_numpys(x, low, high):
     np.testing.assert_array_equal(clipped(clip_by_value(low, high), x), np.clip(x, low, high))
+
+
+NORMS = {
+    "norm": clip_by_norm,
+    "average_norm": clip_by_average_norm,
+    "global_norm": clip_by_global_norm,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("bound", [np.inf, 1e39, 1e38, 2e19, float("inf"), jnp.float32(np.inf)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_norm_that_nothing_reaches_is_no_clipping(name, bound, dtype):
+    x = jnp.array([3e18, -4e18, 0.0]).astype(dtype)
+    np.testing.assert_array_equal(clipped(NORMS[name](bound), x), x)
+    inject = optax.inject_hyperparams(NORMS[name], hyperparam_dtype=jnp.float32)
+    injected = inject(clip_norm=jnp.float32(min(bound, 3e38) if bound < np.inf else bound))
+    got, _ = jax.jit(injected.update)(x, injected.init(x), x)
+    np.testing.assert_array_equal(got, x)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_greatest_norm_that_clips_is_the_root_of_the_greatest_number(name):
+    x = jnp.array([3e18, -4e18])
+    expected = {"norm": 2.5e18, "average_norm": 1.25e18, "global_norm": 2.5e18}[name]
+    np.testing.assert_allclose(clipped(NORMS[name](expected), x), x / 2, rtol=1e-6)
+    np.testing.assert_allclose(clipped(NORMS[name](1.8e19), x), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("bound", [0.0, 1e-46, -1.0, np.nan, [1.0, 2.0], "1"])
+def test_a_norm_that_is_no_positive_number_is_refused(name, bound):
+    with pytest.raises(ValueError, match=r"clip_norm=.* is out of range"):
+        NORMS[name](bound)
+
+
+def test_norms_of_complex_numbers_are_of_their_absolute_values():
+    x = {"z": jnp.array([3 + 4j, 0]), "w": jnp.array([12.0])}
+    assert global_norm({"z": x["z"]}) == 5
+    assert global_norm(x) == 13
+    assert global_norm(x).dtype == jnp.float32
+    halves = clipped(clip_by_global_norm(6.5), x)
+    np.testing.assert_array_equal(halves["z"], [1.5 + 2j, 0])
+    np.testing.assert_array_equal(halves["w"], [6.0])
+    np.testing.assert_array_equal(clipped(clip_by_norm(2.5), x["z"]), [1.5 + 2j, 0])
+    np.testing.assert_array_equal(clipped(clip_by_average_norm(1.25), x["z"]), [1.5 + 2j, 0])
+    assert halves["z"].dtype == jnp.complex64
+    np.testing.assert_array_equal(jax.grad(lambda z: global_norm(z))(0 * x["z"]), [0, 0])
+
+
+def test_parts_of_complex_numbers_are_clipped_by_value_each_by_itself():
+    got = clipped(clip_by_value(-1.0, 2.0), jnp.array([3 + 4j, -5 + 1j]))
+    np.testing.assert_array_equal(got, [2 + 2j, -1 + 1j])
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_what_jax_gives_integers_for_a_gradient_passes(name):
+    float0 = np.zeros((), jax.dtypes.float0)
+    tx = optax.masked(CLIPS[name], {"w": True, "n": name != "norm_axes"})
+    got = clipped(CLIPS[name], {"w": jnp.array([3.0, 4.0])})
+    with_integer, _ = tx.update({"w": jnp.array([3.0, 4.0]), "n": float0}, tx.init(got | {"n": 1}))
+    assert with_integer["n"] is float0
+    np.testing.assert_array_equal(with_integer["w"], got["w"])
+
+
+def test_whole_numbers_beyond_the_dtype_bound_nothing():
+    got = clipped(clip_by_value(-(2**40), 2**40), jnp.array([-7, 2**31 - 1]))
+    np.testing.assert_array_equal(got, [-7, 2**31 - 1])
+    big = jnp.array([3e38])
+    np.testing.assert_array_equal(clipped(clip_by_value(-1e39, 1e39), big), big)
+    got = clipped(clip_by_global_norm(1.0), jnp.array([2.0**40]), use_norm=2**40)
+    np.testing.assert_array_equal(got, [1.0])
+
+
+def test_inside_shard_map_the_norm_is_that_of_a_shard_unless_it_is_passed():
+    mesh = jax.make_mesh((8,), ("data",))
+    x = jnp.arange(1.0, 17.0)
+    tx = clip_by_global_norm(2.0)
+
+    def shard_by_shard(shard):
+        return tx.update(shard, optax.EmptyState())[0]
+
+    def whole(shard):
+        norm = jnp.sqrt(jax.lax.psum(global_norm(shard) ** 2, "data"))
+        return tx.update(shard, optax.EmptyState(), use_norm=norm)[0]
+
+    in_shards = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    put = jax.device_put(x, NamedSharding(mesh, P("data")))
+    rows = x.reshape(8, 2)
+    each = rows * 2 / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(in_shards(shard_by_shard)(put), each.reshape(-1), rtol=1e-6)
+    np.testing.assert_allclose(in_shards(whole)(put), x * 2 / jnp.linalg.norm(x), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(shard_by_shard)(put), x * 2 / jnp.linalg.norm(x), rtol=1e-6)

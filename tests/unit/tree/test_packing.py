@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
-from emaopt import checkpoint, pack, unpack, unpacked
+from emaopt import checkpoint, on_leaves, pack, unpack
 
 
 MIXED = {
@@ -42,9 +42,9 @@ LIKE_TREES = {
     "overwrite": emaopt.overwrite(2, emaopt.ema(0.9)),
     "clip_by_value": emaopt.clip_by_value(-0.5, 0.5),
     "clip_by_global_norm": emaopt.clip_by_global_norm(0.5),
-    "clip_by_norm": unpacked(emaopt.clip_by_norm(0.5)),
-    "clip_by_average_norm": unpacked(emaopt.clip_by_average_norm(0.2)),
-    "decay by name": unpacked(optax.masked(optax.add_decayed_weights(0.1), emaopt.matching("w$"))),
+    "clip_by_norm": on_leaves(emaopt.clip_by_norm(0.5)),
+    "clip_by_average_norm": on_leaves(emaopt.clip_by_average_norm(0.2)),
+    "decay by name": on_leaves(optax.masked(optax.add_decayed_weights(0.1), emaopt.matching("w$"))),
     "optax adam": optax.adam(0.1, eps=1e-3),
 }
 CHAIN = optax.chain(
@@ -228,7 +228,7 @@ def test_names_are_those_of_the_unpacked_state():
     assert names[-1].shadow["w"] == "w/ExponentialMovingAverage"
     with pytest.raises(ValueError, match="tree is packed"):
         emaopt.names(trained()[1])
-    with pytest.raises(ValueError, match=r"tree is packed.*emaopt\.unpacked"):
+    with pytest.raises(ValueError, match=r"tree is packed.*emaopt\.on_leaves"):
         emaopt.matching("w")(pack(TREE))
 
 
@@ -294,10 +294,13 @@ def test_leaves_on_different_devices_are_joined_apart():
             lambda: unpack(jax.tree.map(lambda x: x[:5], pack(TREE))),
             r"tree has shape \(5,\) in the packed array 'float32_",
         ),
-        (lambda: steps(emaopt.clip_by_norm(1.0), pack(TREE), pack(GRADS)), "unpacked.clip_by_norm"),
+        (
+            lambda: steps(emaopt.clip_by_norm(1.0), pack(TREE), pack(GRADS)),
+            "on_leaves.clip_by_norm",
+        ),
         (
             lambda: steps(emaopt.clip_by_average_norm(1.0), pack(TREE), pack(GRADS)),
-            "unpacked.clip_by_average_norm",
+            "on_leaves.clip_by_average_norm",
         ),
         (
             lambda: steps(emaopt.clip_by_value(TREE, TREE), pack(TREE), pack(GRADS)),
