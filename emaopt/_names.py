@@ -20,7 +20,7 @@ from emaopt._tree.checks import check_unique, did_you_mean
 from emaopt._tree.leaves import by_path
 from emaopt._tree.numbers import is_inexact
 from emaopt._tree.packing import check_unpacked
-from emaopt._tree.paths import Tree, is_none, leaf_names
+from emaopt._tree.paths import Tree, few, is_none, leaf_names
 
 
 AVERAGE = "ExponentialMovingAverage"
@@ -214,10 +214,9 @@ def matching(pattern: str) -> Callable[[Tree], Tree]:
         named = _plain(tree)
         there = jax.tree.leaves(named)
         if there and not any(map(found.search, [*there, *_left_out(tree)])):
-            some = ", ".join(map(repr, there[:8])) + (", ..." if len(there) > 8 else "")
             raise ValueError(
                 f"pattern={pattern!r} is found in no name of the tree, so the mask would be true "
-                f"nowhere. Pass a pattern of names that are there: {some}."
+                f"nowhere. Pass a pattern of names that are there: {few(map(repr, there))}."
             )
         return jax.tree.map(lambda name: found.search(name) is not None, named)
 

@@ -13,7 +13,7 @@ import optax
 
 from emaopt._tree.checks import check_array, check_shape, did_you_mean
 from emaopt._tree.leaves import by_path
-from emaopt._tree.paths import KeyPath, State, Tree, called, key_name, shared_paths
+from emaopt._tree.paths import KeyPath, State, Tree, called, few, key_name, shared_paths
 
 from .ema import EmaState, SwappedEmaState
 from .lazy import settled
@@ -233,8 +233,8 @@ def _is_no_field(key: Any) -> bool:
 
 
 def _quoted(paths: Iterable[KeyPath]) -> str:
-    return ", ".join(repr("/".join(path)) for path in paths)
+    return few(repr("/".join(path)) for path in paths)
 
 
 def _listed(found: dict[str, Found]) -> str:
-    return ", ".join(map(repr, found))
+    return few(map(repr, found))

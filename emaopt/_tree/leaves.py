@@ -1,5 +1,6 @@
 """Leaves of several trees side by side. `None` is an absent leaf and stays absent."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .paths import KeyPath, Tree, is_none, leaf_names, leaf_paths
+from .paths import KeyPath, Tree, few, is_none, leaf_names, leaf_paths
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -24,7 +25,7 @@ def by_path(tree: Tree) -> dict[KeyPath, Any]:
     paths, found = leaf_paths(tree), leaves(tree)
     named = dict(zip(paths, found, strict=True))
     if len(named) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
+        twice = next(path for path, number in Counter(paths).items() if number > 1)
         raise ValueError(f"two leaves have the key path {twice}. Rename one of them.")
     return named
 
@@ -85,9 +86,10 @@ def map_leaves(f: Callable, results: int, **trees: Tree) -> tuple[Tree, ...]:
 
 
 def _mismatch(first: str, tree: Tree, name: str, other: Tree, error: Exception) -> str:
+    """Return the error about trees of different structure: the leaves that only one of them has."""
     ours, theirs = set(leaf_names(tree)), set(leaf_names(other))
     only = [
-        f"only in {where}: {', '.join(sorted(names))}"
+        f"only in {where}: {few(sorted(names))}"
         for where, names in ((first, ours - theirs), (name, theirs - ours))
         if names
     ]
@@ -98,8 +100,8 @@ def _mismatch(first: str, tree: Tree, name: str, other: Tree, error: Exception) 
     )
 
 
-def apply_update(p, u):
-    """One parameter after its update, rounded as `optax.apply_updates` rounds it.
+def apply_update(p: Any, u: Any) -> Any:
+    """Return one parameter after its update, rounded as `optax.apply_updates` rounds it.
 
     An absent update (`None`, or the float0 that JAX gives integers) leaves the parameter.
     """

@@ -1,4 +1,4 @@
-"""Dtypes and scalars. State is never narrower than float32 unless the user asks: `wide`."""
+"""Dtypes and scalars. State is never narrower than float32 unless the user asks: see `wide`."""
 
 from typing import Any
 
@@ -8,32 +8,32 @@ import numpy as np
 from jax.core import Tracer
 
 
-def is_inexact(x) -> bool:
-    """Whether a leaf holds floating-point or complex numbers: no integer, boolean or key."""
+def is_inexact(x: Any) -> bool:
+    """Return whether a leaf holds floating-point or complex numbers: no integer, boolean, key."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def dtype_of(leaf) -> Any:
-    """The dtype of a leaf, which may be a Python number."""
+def dtype_of(leaf: Any) -> Any:
+    """Return the dtype of a leaf, which may be a Python number."""
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
-def wide(dtype) -> np.dtype:
-    """The dtype of state and arithmetic for values of `dtype`: float32 or wider."""
+def wide(dtype: Any) -> np.dtype:
+    """Return the dtype of state and arithmetic for values of `dtype`: float32 or wider."""
     enough = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
     return jnp.dtype(dtype if enough else jnp.float32)
 
 
-def real_dtype(dtype) -> np.dtype:
+def real_dtype(dtype: Any) -> np.dtype:
     """Return the dtype of real and imaginary part; of a real dtype, itself."""
     return jnp.finfo(dtype).dtype
 
 
-def is_concrete(x) -> bool:
-    """Whether a value is known now, so that it can be checked: a number or array, not traced."""
+def is_concrete(x: Any) -> bool:
+    """Return whether a value is known now and can be checked: a number or array, not traced."""
     return not isinstance(x, Tracer)
 
 
-def scalar(x, dtype):
-    """A hyper-parameter rounded to `dtype` before anything is computed with it."""
+def scalar(x: Any, dtype: Any) -> Any:
+    """Return a hyper-parameter rounded to `dtype`, before anything is computed with it."""
     return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)[()]

@@ -138,6 +138,17 @@ def _in_order(steps: KeyPath, path: KeyPath) -> bool:
     return all(step in rest for step in steps)  # `in` reads on from where the last step was
 
 
+def few(names: Iterable[str]) -> str:
+    """Return names as an error lists them: the first twenty, and how many more there are.
+
+    >>> few(["a", "b"]), few(map(str, range(2000)))[-20:]
+    ('a, b', '18, 19 and 1980 more')
+    """
+    names = list(names)
+    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + rest
+
+
 def key_name(key) -> str:
     """Return one step of a key path as a string: a dict key, a position or a field."""
     for attribute in ("key", "idx", "name"):

@@ -259,3 +259,9 @@ def test_a_name_means_the_paths_that_have_its_steps_in_this_order(name, meant):
         ("inner_states", "x", "inner_state", "1"),
     ]
     assert paths.called(name, there) == [there[i] for i in meant]
+
+
+def test_an_error_lists_a_few_names_of_many():
+    many = {f"layer{i}": i for i in range(2000)}
+    with pytest.raises(ValueError, match=r"only in first: layer0, layer1, .* and 1980 more\. Pass"):
+        leaves.zip_leaves(first=many, second={})
