@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from emaopt._tree.checks import check_array, check_shape, did_you_mean
@@ -104,7 +105,7 @@ def match(params: Tree, opt_state: Tree, name: str | None) -> Match:
     leaves = by_path(params)
     if list(leaves) == [()] and params is not None:
         check_array("", params, "params")  # an NNX module may be no pytree
-    nodes = {path[:i] for path in leaves for i in range(len(path) + 1)}
+    nodes = _nodes(leaves)
     opt_state = _brought_up_to_date(leaves, nodes, opt_state)
     chosen = choose(opt_state, name)
     stored: dict[KeyPath, Stored] = {}
@@ -167,6 +168,40 @@ def replace(opt_state: State, new: dict[KeyPath, Any]) -> State:
         new.get(tuple(map(key_name, keys)), node) if is_average(node) else node
         for keys, node in nodes
     )
+
+
+def settle(params: Tree, opt_state: State) -> State:
+    """Return the state with every average of rows brought up to date."""
+    leaves = by_path(params)
+    return _brought_up_to_date(leaves, _nodes(leaves), opt_state)
+
+
+def without_rows(opt_state: State) -> State:
+    """Return the state as if its averages moved every row at every step. `settle` it first."""
+    found = find(opt_state).values()
+    return replace(opt_state, {each.path: each.state._replace(rows=None) for each in found})
+
+
+def with_rows(opt_state: State, like: State) -> State:
+    """Return the state with rows that have not rested, where `like` has averages of rows.
+
+    For averages that were read from elsewhere. `like` may be abstract; the times are arrays.
+    """
+    found = find(opt_state)
+    new = {}
+    for name, average in find(like).items():
+        rows = jax.tree.map(_zeros_like, average.state.rows)
+        new[average.path] = found[name].state._replace(rows=rows)
+    return replace(opt_state, new)
+
+
+def _zeros_like(x: Any) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype, device=getattr(x, "sharding", None))
+
+
+def _nodes(leaves: dict[KeyPath, Any]) -> set[KeyPath]:
+    """Return the key path of every node above the leaves, and of the leaves."""
+    return {path[:i] for path in leaves for i in range(len(path) + 1)}
 
 
 def _part_of(average: Found, leaves: dict[KeyPath, Any], nodes: set[KeyPath]) -> KeyPath | None:

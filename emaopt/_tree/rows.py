@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from .checks import check_unique, describe
 from .numbers import is_concrete, is_inexact
@@ -208,7 +209,7 @@ def put(tree: State, small: State, tables: Mapping[str, Rows]) -> State:
 def _gather(x: jax.Array, ids: jax.Array) -> jax.Array:
     """Return these rows of an array; padding is tiny, and the row of an id outside is NaN."""
     x = jnp.asarray(x)
-    found = x.at[ids].get(mode="clip", indices_are_sorted=True)
+    found = x.at[ids].get(mode="clip", indices_are_sorted=True, out_sharding=_sharding(x, True))
     tiny, missing = 0, 0
     if is_inexact(x):
         tiny, missing = max(_TINY, float(jnp.finfo(x.dtype).tiny)), jnp.nan
@@ -220,9 +221,25 @@ def _gather(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 def _scatter(x: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
     """Return the array with these rows in it; ids outside, such as padding, are dropped."""
-    return (
-        jnp.asarray(x).at[ids].set(rows, mode="drop", indices_are_sorted=True, unique_indices=True)
+    x = jnp.asarray(x)
+    return x.at[ids].set(
+        rows,
+        mode="drop",
+        indices_are_sorted=True,
+        unique_indices=True,
+        out_sharding=_sharding(x, False),
     )
+
+
+def _sharding(table: jax.Array, is_view: bool) -> PartitionSpec | None:
+    """Return the sharding of a table or a view of it, where shardings are part of the types.
+
+    In a mesh of explicit axes JAX does not guess it. The rows of a view are the same everywhere.
+    """
+    sharding = jax.typeof(table).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return PartitionSpec(None, *sharding.spec[1:]) if is_view else sharding.spec
 
 
 def _find(tree: Tree, tables: Mapping[str, Rows]) -> tuple[list, Any, list[Rows | None]]:
