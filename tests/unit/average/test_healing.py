@@ -170,3 +170,46 @@ def test_params_missing_is_named():
     tx = emaopt.heal(emaopt.ema(0.9))
     with pytest.raises(ValueError, match=r"params is missing: ema"):
         tx.update(ONE, tx.init(PARAMS))
+
+
+@kinds
+def test_large_numbers_whose_sum_overflows_are_finite(kind):
+    tx = emaopt.heal(emaopt.ema(0.5, accumulator_dtype=kind))
+    params = {"w": jnp.full(4, 2e38), "b": jnp.ones(2)}
+    state = tx.init(params)
+    _, state = jax.jit(tx.update)({"w": jnp.zeros(4), "b": jnp.ones(2)}, state, params)
+    average = emaopt.average(params, state)
+    np.testing.assert_allclose(average["w"], params["w"], rtol=2**-7)
+    np.testing.assert_allclose(average["b"], 1.5, rtol=2**-7)
+    poisoned_b = {"w": jnp.zeros(4), "b": jnp.array([jnp.nan, 0.0])}
+    _, after = jax.jit(tx.update)(poisoned_b, state, params)
+    np.testing.assert_array_equal(after.state.shadow["b"], state.state.shadow["b"])
+    assert {k: int(n) for k, n in after.healed.items()} == {"w": 0, "b": 0}
+
+
+def test_complex_numbers_are_finite_though_their_size_overflows():
+    tx = emaopt.heal(emaopt.ema(0.5))
+    params = jnp.array([3e38 + 3e38j, 1.0])
+    _, state = tx.update(jnp.zeros(2, jnp.complex64), tx.init(params), params)
+    assert state.healed == 0
+    params = params.at[1].set(3.0)
+    _, state = tx.update(jnp.zeros(2, jnp.complex64), state, params)
+    assert state.state.shadow.tolist()[1] == 2
+
+
+def test_an_overflow_leaves_its_element_and_the_others_move():
+    tx = emaopt.heal(emaopt.ema(0.5))
+    params = jnp.array([3e38, 1.0])
+    _, state = tx.update(jnp.zeros(2), tx.init(params), jnp.array([-3e38, 3.0]))
+    assert state.state.shadow.tolist() == [params[0].item(), 2]
+
+
+def test_op_by_op_the_second_update_compiles_nothing(caplog):
+    tx = emaopt.heal(emaopt.ema(0.5))
+    params = {"w": jnp.ones(7)}
+    with jax.log_compiles():
+        _, state = tx.update(params, tx.init(params), params)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        tx.update(params, state, params)
+    assert "Compiling" not in caplog.text
