@@ -7,6 +7,7 @@ float64 that sees the same values. Two kinds of values: parameters that train (a
 noise from step to step), and the quiet end of a training run (constant values, 0.1 % away from
 where the average starts). The way is what the float64 average moved. Error: the distance to it as a
 share of the way. Followed: the part of the way that was gone, noise left out (the projection).
+Held: the share of the elements that the last tenth of the updates left as they were, bit for bit.
 Time: of one update of 8 million parameters, as a multiple of float32's, on this machine.
 Rewrites results/precision.md and the part of docs/averaging.md between its precision marks.
 """
@@ -70,7 +71,7 @@ def quiet(first: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def measure(accumulator_dtype, values) -> tuple[float, float, float, int]:
-    """Error, part of the way followed, share of elements held in the end, bytes per parameter."""
+    """Error, part of the way followed, share of elements held at last, bytes per parameter."""
     *_, (_, last) = course(accumulator_dtype, values, start())
     return last
 
@@ -79,7 +80,7 @@ def course(
     accumulator_dtype, values, first: jax.Array, parts: int = PARTS
 ) -> Iterator[tuple[int, tuple[float, float, float, int]]]:
     """What `measure` gives, after so many updates and so many: (updates, measured)."""
-    mean = emaopt.moving_average(DECAY, accumulator_dtype=accumulator_dtype, ledger=True)
+    mean = emaopt.moving_average(DECAY, accumulator_dtype=accumulator_dtype)
     exact = emaopt.moving_average(DECAY, accumulator_dtype=jnp.float64)
 
     def step(t, states):
@@ -92,10 +93,11 @@ def course(
 
     at_first = states = mean.init(first), exact.init(first)
     for done in range(0, UPDATES, UPDATES // parts):
-        states = part(states, jnp.int32(done))
+        before, states = states[0], part(states, jnp.int32(done))
         moved, way = (sum_of(new) - sum_of(old) for new, old in zip(states, at_first, strict=True))
         error = np.linalg.norm(sum_of(states[0]) - sum_of(states[1])) / np.linalg.norm(way)
-        held = emaopt.ledgers(states[0])["ema"]["stalled"]
+        last = values(first, jnp.int32(done + UPDATES // parts))
+        held = emaopt.stalled(last, before, states[0])
         stored = sum(x.nbytes for x in (states[0].shadow, states[0].residue) if x is not None)
         followed = float(moved @ way / (way @ way))
         yield done + UPDATES // parts, (float(error), followed, float(held), stored // first.size)

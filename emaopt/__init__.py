@@ -45,7 +45,6 @@ from ._average.feedback import (
 from ._average.find import (
     average as average,
     averages as averages,
-    ledgers as ledgers,
     reset as reset,
     stacked as stacked,
     swap as swap,
@@ -53,6 +52,7 @@ from ._average.find import (
 from ._average.healing import HealState as HealState, heal as heal
 from ._average.host import on_host as on_host
 from ._average.ledger import Ledger as Ledger
+from ._average.meters import ledgers as ledgers, stalled as stalled
 from ._average.profile import profile as profile
 from ._average.rounding import (
     Rounding as Rounding,

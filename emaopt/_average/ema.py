@@ -146,16 +146,11 @@ def moving_average(
         if rounding.has_residue:
             trees["state.residue"] = state.residue
         columns, treedef = zip_leaves(values=values, **trees)
-        leaves, held = [], []
-        for i, (name, (x, *own)) in enumerate(zip(leaf_names(values), columns, strict=True)):
-            old = Stored(*own)
-            new = update_leaf(name, x, old, rate, rounding, Draw(step, i))
-            leaves.append(new)
-            if ledger and x is not None and is_inexact(old.shadow):
-                held.append(
-                    rounding.held(old, new, widen(jnp.asarray(x), wide(old.shadow.dtype)), rate)
-                )
-        its_ledger = record(state.ledger, rate, units, _share(held)) if ledger else None
+        leaves = [
+            update_leaf(name, x, Stored(*own), rate, rounding, Draw(step, i))
+            for i, (name, (x, *own)) in enumerate(zip(leaf_names(values), columns, strict=True))
+        ]
+        its_ledger = record(state.ledger, rate, units) if ledger else None
         rested = None if rested is None else touch(values, rested, rate)
         after = EmaState(step, *_trees(treedef, leaves, rounding), its_ledger, rested)
         return jax.tree.map(stay, stored, after)
@@ -203,13 +198,6 @@ def _trees(treedef: Any, leaves: list[Stored], rounding: Rounding) -> tuple[Tree
     if not rounding.has_residue:
         return shadow, None
     return shadow, treedef.unflatten([leaf.residue for leaf in leaves])
-
-
-def _share(held: list[jax.Array]) -> jax.Array:
-    """Return the share of true elements, float32 []."""
-    number = float(sum(x.size for x in held))  # an integer beside an array must fit into 32 bits
-    true = sum((jnp.sum(x, dtype=jnp.float32) for x in held), jnp.zeros((), jnp.float32))
-    return true / max(number, 1.0)
 
 
 def _check_state(state: Any, rounding: Rounding, ledger: bool, rows: bool) -> None:

@@ -1,8 +1,7 @@
 """The averages in a state, whatever optax wrapped around them.
 
 `averages` finds them by name. `average` returns what to evaluate with, `stacked` several averages
-in one tree. `swap` exchanges an average with the parameters, `reset` starts it again, `ledgers`
-tells how long it is.
+in one tree. `swap` exchanges an average with the parameters, `reset` starts it again.
 
 Who owns the arrays: `average` and `stacked` return copies, which no later step can delete, even if
 it donates parameters and state. Inside `jit` nothing is copied. `swap` copies nothing: the arrays
@@ -249,42 +248,3 @@ def _value(p: Any, stored: Stored) -> Any:
     value = jax.tree.map(in_memory, stored).value()
     dtype = jnp.result_type(p)
     return value if value.dtype == dtype else value.astype(dtype)  # a key has no astype
-
-
-def ledgers(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
-    """Return how long every average with a ledger is, by name: numbers, float32 [].
-
-    Use it for metrics inside a step, or on a state from a checkpoint. It is exact for any decay and
-    any `num_updates`. For all weights of a decay, see `profile`.
-
-    Returns:
-        For each average a dict. `initial_weight`: the weight that the initial parameters still
-        have, of 1. `mean_age`: how many updates old the average is in the mean.
-        `effective_window`: 1 / (the sum of the squares of the weights), which is n for the plain
-        mean of n values. `stalled`: the fraction of elements that the last update left unchanged
-        only because of rounding.
-
-    Raises:
-        ValueError: no average keeps a ledger.
-
-    Example:
-        >>> import emaopt
-        >>> mean = emaopt.moving_average(0.5, ledger=True)
-        >>> state = mean.update(jnp.array([8.0]), mean.init(jnp.array([0.0])))
-        >>> {name: float(x) for name, x in ledgers(state)["ema"].items()}
-        {'initial_weight': 0.5, 'mean_age': 0.5, 'effective_window': 2.0, 'stalled': 0.0}
-    """
-    found = {name: s.ledger for name, s in averages(opt_state).items() if s.ledger is not None}
-    if not found:
-        raise ValueError(
-            "opt_state holds no ledger. Make the average with emaopt.ema(decay, ledger=True)."
-        )
-    return {
-        name: {
-            "initial_weight": ledger.initial,
-            "mean_age": ledger.age,
-            "effective_window": 1 / ledger.square,
-            "stalled": ledger.stalled,
-        }
-        for name, ledger in found.items()
-    }

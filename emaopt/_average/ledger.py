@@ -1,8 +1,7 @@
 """What is known of an average without looking at a single parameter.
 
-The weights that an average gives to past values follow from its rates alone, and so do their
-moments, one update at a time: the ledger keeps three, and the share of the elements that rounding
-held still.
+The weights that an average gives to past values follow from its rates alone. So do the moments of
+these weights, one update at a time. The ledger keeps three of them.
 """
 
 from typing import Any, NamedTuple
@@ -14,12 +13,13 @@ from .rounding import add
 
 
 class Ledger(NamedTuple):
-    """The record of an average, of its weights w(0), ..., w(t) after t updates; float32 [].
+    """The record of an average: moments of its weights w(0), ..., w(t) after t updates; float32 [].
 
-    `initial`: w(0), what the initial values still count. `age`: the mean age, the sum of
-    w(s) (t - s), in updates or in what `advance` counts. `square`: the sum of w(s)**2; 1 / square
-    is the effective window, in updates. `stalled`: see
-    `ledgers`. `lost_...`: what rounding took from the first three.
+    `initial`: w(0), the weight of the initial values. `age`: the mean age of the values, the sum of
+    w(s) * (t - s), in updates or in what `advance` counts. `square`: the sum of w(s)**2; 1 / square
+    is the effective window, in updates. `lost_initial`, `lost_age`, `lost_square`: what rounding
+    took from these three. `stalled` is not used any more; it stays so that checkpoints of 0.1.0 are
+    resumed.
     """
 
     initial: jax.Array
@@ -36,11 +36,12 @@ def start() -> Ledger:
     return Ledger(*(jnp.full((), x, jnp.float32) for x in (1, 0, 1, 0, 0, 0, 0)))
 
 
-def record(ledger: Ledger, rate: jax.Array, advance: Any, stalled: jax.Array) -> Ledger:
+def record(ledger: Ledger, rate: jax.Array, advance: Any) -> Ledger:
     """Return the ledger after an update with this rate, which moves t by `advance`.
 
-    A rate of 1 takes the value alone: the sums are what they are of one weight, exactly. An update
-    with rate 0 takes nothing, so nothing could stall.
+    Each moment is a compensated sum: over a million updates of a long average, plain float32 would
+    lose three digits. A rate of 1 takes the value alone, so each moment is exactly that of one
+    weight.
     """
     rate = jnp.asarray(rate).astype(jnp.float32)
     initial = ledger.initial + ledger.lost_initial
@@ -58,11 +59,10 @@ def record(ledger: Ledger, rate: jax.Array, advance: Any, stalled: jax.Array) ->
     new_square, lost_square = after(
         ledger.square, ledger.lost_square, (square * (rate - 2) + rate) * rate, 1
     )
-    return Ledger(
+    return ledger._replace(
         initial=new_initial,
         age=new_age,
         square=new_square,
-        stalled=jnp.where(rate > 0, stalled, ledger.stalled),
         lost_initial=lost_initial,
         lost_age=lost_age,
         lost_square=lost_square,

@@ -31,6 +31,16 @@ class Stored(NamedTuple):
         dtype = wide(self.shadow.dtype)
         return self.shadow.astype(dtype) + self.residue.astype(dtype)
 
+    def minus(self, x: jax.Array) -> jax.Array:
+        """Return the stored number minus another. The dtype of that one is the arithmetic's.
+
+        The residue is added last. Added to the shadow first, it would be rounded away.
+        """
+        difference = self.shadow.astype(x.dtype) - x
+        if self.residue is None:
+            return difference
+        return difference + self.residue.astype(x.dtype)
+
 
 class Draw(NamedTuple):
     """The source of the random bits of a leaf: the number of the update and of the leaf."""
@@ -57,10 +67,6 @@ class Rounding:
         """Return a value as an average that starts with it stores it."""
         return Stored(jnp.array(x, self._dtype(x), copy=True))
 
-    def difference(self, before: Stored, value: jax.Array) -> jax.Array:
-        """Return the stored number minus a value. The value's dtype is that of the arithmetic."""
-        return before.shadow.astype(value.dtype) - value
-
     def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
         """Return the leaf after an increment, rounded."""
         raise NotImplementedError
@@ -71,7 +77,7 @@ class Rounding:
         At rate 1 it is the value exactly, and at rate 0 it keeps every bit, whatever the value is.
         """
         share = jnp.asarray(rate).astype(value.dtype)
-        new = self.add(before, -self.difference(before, value) * share, draw)
+        new = self.add(before, -before.minus(value) * share, draw)
         if _is_between(rate):
             return new
         copy = self.start(value)
@@ -82,16 +88,8 @@ class Rounding:
 
         At share 0 it is the value exactly, whatever the leaf was.
         """
-        distance = jnp.where(share == 0, 0, self.difference(before, value) * share)
+        distance = jnp.where(share == 0, 0, before.minus(value) * share)
         return self.add(Stored(jnp.zeros_like(before.shadow)), value + distance, draw)
-
-    def held(self, before: Stored, after: Stored, value: jax.Array, rate: Any) -> jax.Array:
-        """Return where the value should have moved the leaf, and rounding held it."""
-        del rate
-        still = after.shadow == before.shadow
-        if after.residue is not None:
-            still &= after.residue == before.residue
-        return (self.difference(before, value) != 0) & still
 
     def _dtype(self, x: jax.Array) -> Any:
         return self.dtype or wide(x.dtype)
@@ -119,23 +117,15 @@ class Compensated(Rounding):
         shadow = jnp.array(x, self._dtype(x), copy=True)
         return Stored(shadow, (x - shadow.astype(x.dtype)).astype(shadow.dtype))
 
-    def difference(self, before: Stored, value: jax.Array) -> jax.Array:
-        """Return the stored number minus a value.
-
-        The residue is added last. Added to the shadow first, it would be rounded away.
-        """
-        shadow, residue = (x.astype(value.dtype) for x in _both(before))
-        return (shadow - value) + residue
-
     def approach(self, before: Stored, value: jax.Array, share: jax.Array, draw: Draw) -> Stored:
         """Return the leaf after many updates with one value: `value + (shadow - value) * share`."""
-        distance = jnp.where(share == 0, 0, self.difference(before, value) * share)
+        distance = jnp.where(share == 0, 0, before.minus(value) * share)
         return self.add(self.start(value), distance, draw)
 
     def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
         """Return the leaf after an increment, and what rounding takes from the sum."""
         del draw
-        shadow, residue = (x.astype(increment.dtype) for x in _both(before))
+        shadow, residue = (x.astype(increment.dtype) for x in before)
         total, lost = add(shadow, residue, increment)
         new = total.astype(before.shadow.dtype)
         # two roundings: `lost` is what the sum lost, `total - new` what the narrower dtype loses
@@ -159,16 +149,10 @@ class Stochastic(Rounding):
         is chosen, and not what comes out: one sum is rounded in place of two.
         """
         share = jnp.asarray(rate).astype(value.dtype)
-        increment = _taken(rate, -self.difference(before, value) * share, 0, value)
+        increment = _taken(rate, -before.minus(value) * share, 0, value)
         shadow = before.shadow.astype(value.dtype)
         shadow = _taken(rate, shadow, shadow, 0)
         return self.add(Stored(shadow), increment, draw)
-
-    def held(self, before: Stored, after: Stored, value: jax.Array, rate: Any) -> jax.Array:
-        """Return where the increment is too small to be a number, so that chance cannot move it."""
-        del after
-        difference = self.difference(before, value)
-        return (difference != 0) & (difference * jnp.asarray(rate).astype(value.dtype) == 0)
 
 
 def compensated(dtype: DTypeLike = jnp.float32) -> Compensated:
@@ -223,11 +207,6 @@ def _floating(name: str, dtype: Any) -> np.dtype:
     if known is None or not jnp.issubdtype(known, jnp.inexact):
         raise ValueError(f"{name}={dtype} cannot hold an average. Pass a floating dtype.")
     return known
-
-
-def _both(leaf: Stored) -> tuple[jax.Array, jax.Array]:
-    assert leaf.residue is not None
-    return leaf.shadow, leaf.residue
 
 
 def _is_between(rate: Any) -> bool:

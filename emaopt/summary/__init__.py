@@ -26,7 +26,8 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from emaopt._average.decay import DecayLike, as_decay
-from emaopt._average.find import average, averages, ledgers
+from emaopt._average.find import average, averages
+from emaopt._average.meters import ledgers
 from emaopt._names import global_step
 from emaopt._optimizers.builder import OptimizerState
 from emaopt._optimizers.clip import global_norm

@@ -99,6 +99,7 @@ def evaluate(params: Params, opt_state: optax.OptState) -> None:
     print(found["fast"].shadow, kept, found["fast"].step.dtype)
     known = assert_type(emaopt.ledgers(opt_state), dict[str, dict[str, jax.Array]])
     print(known["fast"]["mean_age"])
+    assert_type(emaopt.stalled(params, opt_state, opt_state, "fast"), jax.Array)
     assert_type(emaopt.stacked(params, opt_state, ["fast", "slow"]), Params)
     kinds: list[emaopt.Rounding] = [emaopt.compensated(), emaopt.stochastic()]
     print(kinds)

@@ -44,7 +44,7 @@ ROOMS = {
 FLOORS = {
     "_tree": "paths numbers | leaves devices | checks | packing tables | rows",
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
-    " | find healing statistics | feedback host",
+    " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
     "checkpoint": "_errors _leaf _digest _run | _contents | _stored | _items | __init__",
     "presets": "_common | _tensorflow _pytorch _jax | __init__",
