@@ -1,103 +1,179 @@
-"""Orbax checkpoints in which the averages stand under the original names.
+"""Save training states with Orbax, so that the averages stand under the original names.
 
-`save` writes what `emaopt.swap` returns: the item `params` holds the averages, the item
-`opt_state` the raw parameters in the shadow's place, so nothing is stored twice and plain Orbax
-finds the averages where it looks for parameters. A marker in the tree (`SwappedEmaState`) keeps
-anything but `resume` from training on them. The item `digests` holds one number per leaf, which
-every load here compares.
+`save` writes what `emaopt.swap` returns: the item `params` holds the averages, the item `opt_state`
+the raw parameters in the place of the average. So nothing is stored twice, and plain Orbax finds
+the averages where it looks for parameters. A marker in the tree (`SwappedEmaState`) keeps a program
+that does not know about the swap from training on averages. The item `digests` holds one number per
+leaf, which every load here compares.
 
-Everything is read by key path from the checkpoint's own metadata, so the classes that were saved,
-and the optimizer around the average, need not be known.
+Everything is found by key path in the checkpoint's own metadata. So the classes that were saved,
+and the optimizer around the average, need not be known to read the averages.
 """
 
-import time
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
 from emaopt._average.find import average_paths, averages, swap
-from emaopt._tree.paths import KeyPath, Params, State, Tree, key_paths, leaf_names
+from emaopt._tree.checks import written_names
+from emaopt._tree.paths import KeyPath, Params, State, Tree
 
-from ._contents import SWAPPED, logical
-from ._errors import DamagedError as DamagedError, MismatchError as MismatchError
-from ._items import inventory, items_of, with_digests
-from ._run import FINISHED, finished_steps, locate, pick
+from ._contents import SWAPPED
+from ._errors import DamagedError as DamagedError, MismatchError as MismatchError, saving
+from ._export import export_averages as export_averages
+from ._items import inventory, items_of, new_stamp, with_digests
+from ._run import is_finished, locate, pick
 from ._stored import Stored
+from ._trees import named_leaves, with_model, without_model
+from ._watch import watch as watch
 
 
 def save(
     checkpointer: ocp.training.Checkpointer,
     step: int,
+    /,
     params: Tree,
     opt_state: Tree,
     *,
     name: str | None = None,
     digest: bool = True,
+    force: bool = False,
+    overwrite: bool = False,
+    metrics: Any = None,
+    custom_metadata: dict[str, Any] | None = None,
     **rest: Any,
 ) -> bool:
-    """Save, with the averages under the original names; whether it was (policies may say no).
+    """Save a training state, with the averages under the names of the parameters.
 
-    Items: `params` (the averages), `opt_state` (the raw parameters in the shadow's place), `rest`
-    (a dict of whatever else is given: `batch_stats=...`, `epoch=...`), and with `digest` a number
-    per leaf that loading compares. With several averages of the same parameters, `name` says which
-    one. `checkpointer` is yours: its directory, its policies.
+    The checkpoint has the items `params` (the averages), `opt_state` (with the raw parameters in
+    the place of the averages), `rest`, and `digests` (a number per leaf that loading compares). An
+    NNX module is saved as its `nnx.state`.
+
+    Args:
+        checkpointer: yours, with its directory and its policies.
+        step: the number of the step, `int` or an integer array [].
+        params: the parameters, as training goes on with them.
+        opt_state: the state of a chain with `emaopt.ema` in it, not swapped.
+        name: which average, if there are several of the same parameters: a key of
+            `emaopt.averages(opt_state)`.
+        digest: whether to save a number per leaf. It costs one pass over all arrays.
+        force: save although a policy says no, or another save is running. For the last step.
+        overwrite: replace a checkpoint of this step.
+        metrics: Orbax's: numbers by which a policy such as `BestN` chooses what to keep.
+        custom_metadata: Orbax's: a dict for JSON, beside emaopt's own key `emaopt`.
+        rest: whatever else is to be resumed, trees, numbers and strings: `batch_stats=...`,
+            `epoch=3`, also `step=...`.
+
+    Returns:
+        Whether it was saved: `False` where a policy says no.
+
+    Raises:
+        ValueError: something could not be read back, such as an object or an array without
+            elements. It names the leaf, and nothing is written.
+        OSError: the checkpoint could not be written. It names the cause, such as a full disk.
     """
-    _check_checkpointer(checkpointer)
-    items = items_of(checkpointer, params, opt_state, name, digest, rest)
-    return checkpointer.save_checkpointables(step, items, custom_metadata=inventory(items))
+    items, about = _prepared(
+        checkpointer,
+        step,
+        (params, opt_state, rest),
+        name=name,
+        digest=digest,
+        overwrite=overwrite,
+        custom_metadata=custom_metadata,
+    )
+    with saving(f"checkpoint {checkpointer.directory}, step {int(step)},"):
+        return checkpointer.save_checkpointables(
+            int(step),
+            items,
+            force=force,
+            overwrite=overwrite,
+            metrics=metrics,
+            custom_metadata=about,
+        )
 
 
 def save_async(
     checkpointer: ocp.training.Checkpointer,
     step: int,
+    /,
     params: Tree,
     opt_state: Tree,
     *,
     name: str | None = None,
     digest: bool = True,
+    force: bool = False,
+    overwrite: bool = False,
+    metrics: Any = None,
+    custom_metadata: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Any:
-    """`save` in the background: Orbax's response, `None` where a policy says no.
+    """Save a training state in the background.
 
-    The arrays are on their way when this returns, so donating them is safe. `result()` waits.
+    When this returns, the arrays are copied or held, so the next step may donate them. While one
+    save is running, Orbax's default policy skips the next; so pass `force=True` for the last step
+    of a run, and call `checkpointer.wait()`. If a save fails in the background, Orbax raises it
+    when the next save begins.
+
+    Args:
+        checkpointer: see `save`, as all other arguments.
+        step: the number of the step.
+        params: the parameters.
+        opt_state: the state of the chain.
+        name: which average.
+        digest: whether to save a number per leaf.
+        force: save although a policy says no, or another save is running.
+        overwrite: replace a checkpoint of this step.
+        metrics: Orbax's.
+        custom_metadata: Orbax's.
+        rest: whatever else is to be resumed.
+
+    Returns:
+        Orbax's response, whose `result()` waits; `None` where a policy says no.
     """
-    _check_checkpointer(checkpointer)
-    items = items_of(checkpointer, params, opt_state, name, digest, rest)
-    return checkpointer.save_checkpointables_async(step, items, custom_metadata=inventory(items))
+    items, about = _prepared(
+        checkpointer,
+        step,
+        (params, opt_state, rest),
+        name=name,
+        digest=digest,
+        overwrite=overwrite,
+        custom_metadata=custom_metadata,
+    )
+    with saving(f"checkpoint {checkpointer.directory}, step {int(step)},"):
+        return checkpointer.save_checkpointables_async(
+            int(step),
+            items,
+            force=force,
+            overwrite=overwrite,
+            metrics=metrics,
+            custom_metadata=about,
+        )
 
 
-def resume(
-    checkpointer: ocp.training.Checkpointer,
-    params: Params,
-    opt_state: State,
+def _prepared(
+    checkpointer: Any,
+    step: Any,
+    state: tuple[Tree, Tree, dict[str, Any]],
     *,
-    step: int | None = None,
-    **rest: Any,
-) -> tuple[Params, State, dict[str, Any]]:
-    """`(params, opt_state, rest)` as they were when saved, bit for bit; from the newest step.
-
-    `params`, `opt_state` and `rest` are like what was saved: from `tx.init`, or abstract
-    (`jax.eval_shape`), with shardings if there are any. Leaves are restored with the shardings
-    given, onto whatever mesh that is.
-    """
+    name: str | None,
+    digest: bool,
+    overwrite: bool,
+    custom_metadata: dict[str, Any] | None,
+) -> tuple[dict[str, Tree], dict[str, Any]]:
+    """The items of a checkpoint, and its metadata; all that is wrong with them is raised here."""
     _check_checkpointer(checkpointer)
-    checkpointer.wait()
-    listed = {c.step: Path(c.path) for c in checkpointer.checkpoints}
-    found = {step: path for step, path in listed.items() if (path / FINISHED).exists()}
-    stored = Stored(pick(found, step, checkpointer.directory))
-    markers = {path for path in stored.items.get("opt_state", {}) if path[-1] == SWAPPED}
-    names, like = _as_saved(params, opt_state, markers, stored.path)
-    if rest or "rest" in stored.items:
-        like["rest"] = rest
-    loaded = stored.load(like)
-    params, opt_state = loaded["params"], loaded["opt_state"]
-    for name in names:
-        params, opt_state = swap(params, opt_state, name)
-    return params, opt_state, loaded.get("rest", {})
+    if not overwrite and any(c.step == int(step) for c in checkpointer.checkpoints):
+        raise ValueError(
+            f"step={int(step)} is in {checkpointer.directory} already. Pass another step, or "
+            "overwrite=True."
+        )
+    params, opt_state, rest = state
+    items = items_of(checkpointer, params, opt_state, name, rest)
+    stamp = new_stamp(int(step)) if digest else None
+    if digest:
+        items = with_digests(items, stamp)
+    return items, {**(custom_metadata or {}), **inventory(items, stamp)}
 
 
 def _check_checkpointer(checkpointer: Any) -> None:
@@ -108,10 +184,59 @@ def _check_checkpointer(checkpointer: Any) -> None:
         )
 
 
+def resume(
+    checkpointer: ocp.training.Checkpointer,
+    /,
+    params: Params,
+    opt_state: State,
+    *,
+    step: int | None = None,
+    **rest: Any,
+) -> tuple[Params, State, dict[str, Any]]:
+    """Load a training state as it was when it was saved, bit for bit.
+
+    The templates say where each leaf goes: onto the sharding of an array or abstract array, onto
+    the host for a NumPy array. An uncommitted array gives an uncommitted one.
+
+    Args:
+        checkpointer: that of the run.
+        params: like the parameters that were saved, real or abstract (`jax.eval_shape`).
+        opt_state: like the state that was saved, for example `tx.init(params)`.
+        step: which checkpoint, `int` or an integer array []; by default the newest.
+        rest: like the rest that was saved: `batch_stats=...`, `epoch=0`. A counter that was saved
+            as `step` needs no template: it comes back as it was saved.
+
+    Returns:
+        Parameters, state, and a dict with the rest.
+
+    Raises:
+        MismatchError: names, shapes or dtypes differ. It names the leaves; nothing was read.
+        DamagedError: a file is missing, cut off, or not what was saved.
+        FileNotFoundError: there is no such step.
+    """
+    _check_checkpointer(checkpointer)
+    checkpointer.wait()
+    listed = {c.step: Path(c.path) for c in checkpointer.checkpoints}
+    found = {number: path for number, path in listed.items() if is_finished(path)}
+    stored = Stored(pick(found, step, checkpointer.directory))
+    markers = {path for path in stored.items.get("opt_state", ()) if path[-1] == SWAPPED}
+    state = without_model(params, opt_state)
+    names, like = _as_saved(params, state, markers, stored.path)
+    if "rest" in stored.items and ("step",) in stored.items["rest"]:
+        rest = {"step": stored.forms([("rest", "step")])["rest", "step"], **rest}
+    if rest or "rest" in stored.items:
+        like["rest"] = rest
+    loaded = stored.load(like)
+    params, state = loaded["params"], loaded["opt_state"]
+    for name in names:
+        params, state = swap(params, state, name)
+    return params, with_model(params, state, opt_state), loaded.get("rest", {})
+
+
 def _as_saved(
     params: Tree, opt_state: Tree, markers: set[KeyPath], path: Path
 ) -> tuple[list[str], dict[str, Tree]]:
-    """The trees as they stand on disk, and the names of the averages that were swapped."""
+    """The names of the averages that were swapped, and the trees as they stand on disk."""
     names = dict(zip(average_paths(opt_state), averages(opt_state), strict=True))
     swapped = {marker[:-1] for marker in markers}
     if not swapped <= names.keys():
@@ -134,89 +259,47 @@ def restore_averages(
     name: str | None = None,
     cast: bool = False,
 ) -> Params:
-    """The averages of a checkpoint, like `like`, without knowing the optimizer.
+    """Read the averages of a checkpoint, without knowing the optimizer.
 
-    `path`: a run directory (its newest finished step, or `step`) or one checkpoint, saved here or
-    by plain Orbax, with an `EmaState` anywhere in it. Leaves that have no average are the
-    parameters. Only what is returned is read. `like`: the parameters, real or abstract, with the
-    shardings wanted. The dtypes are those of `like`, which must be the parameters' or the
-    average's unless `cast`.
+    It may be saved by `save` or by plain Orbax, with an `EmaState` anywhere in it. Leaves that have
+    no average are the parameters. Nothing else is read.
+
+    Args:
+        path: the absolute path of a run or of one checkpoint.
+        like: the parameters, real or abstract, with the shardings wanted.
+        step: which checkpoint of a run; by default the newest that is finished.
+        name: which average, if there are several: a key of `emaopt.averages(opt_state)`, or keys
+            of its path on disk, side by side.
+        cast: whether `like` may have other dtypes than the parameters or the average.
+
+    Returns:
+        The averages, with the structure, dtypes and shardings of `like`.
+
+    Raises:
+        MismatchError: names, shapes or dtypes differ. It names the leaves; nothing was read.
+        DamagedError: a file is missing, cut off, or not what was saved.
+        FileNotFoundError: there is no such checkpoint.
     """
     return Stored(locate(path, step)).load_averages(like, name, cast)
 
 
-def sources(path: Any, like: Tree, *, step: int | None = None) -> dict[str, str]:
-    """Return what `restore_averages` reads: by the name of a leaf, its name in the checkpoint."""
+def sources(
+    path: Any, like: Tree, *, step: int | None = None, name: str | None = None
+) -> dict[str, str]:
+    """Return what `restore_averages` reads: by the name of a leaf, its name in the checkpoint.
+
+    Args:
+        path: see `restore_averages`, as all other arguments.
+        like: the parameters.
+        step: which checkpoint of a run.
+        name: which average.
+
+    Raises:
+        ValueError: two leaves of `like` have one name, because of a `/` in a key.
+    """
     stored = Stored(locate(path, step))
-    places = stored.contents.places([logical(keys) for keys in key_paths(like)], None)
-    return {"/".join(leaf): "/".join(filter(None, p.path)) for leaf, p in places.items()}
-
-
-def watch(
-    directory: Any,
-    like: Params,
-    *,
-    interval: float = 10.0,
-    timeout: float | None = None,
-    after: int | None = None,
-) -> Iterator[tuple[int, Params]]:
-    """`(step, averages)` of each checkpoint as it is finished, beside a trainer at work.
-
-    Reads only. Every `interval` seconds; the newest one first where several are waiting; those
-    that the trainer deletes meanwhile are passed over, so one that cannot be read is an error only
-    if it is still there an interval (at least 2 seconds) later. Ends after `timeout` seconds
-    without a new one. `after`: only later steps.
-    """
-    if interval <= 0:
-        raise ValueError(f"interval={interval} is out of range. Pass seconds, above 0.")
-    directory, done, unreadable = Path(directory), set(), {}
-    since = time.monotonic()
-    while True:
-        found = finished_steps(directory)
-        done &= found.keys()
-        new = [s for s in found.keys() - done if after is None or s > after]
-        now = time.monotonic()
-        if new:
-            newest = max(new)
-            try:
-                averaged = restore_averages(found[newest], like)
-            except (DamagedError, OSError):
-                first = unreadable.setdefault(newest, now)
-                if newest in finished_steps(directory) and now - first > max(interval, 2.0):
-                    raise
-                time.sleep(min(interval, 0.1))
-                continue
-            done.add(newest)
-            yield newest, averaged
-            since = time.monotonic()
-        elif timeout is not None and now - since >= timeout:
-            return
-        else:
-            time.sleep(interval)
-
-
-def export_averages(
-    source: Any, destination: Any, *, like: Tree = None, step: int | None = None
-) -> None:
-    """Write the averages alone, for serving: an Orbax checkpoint with the item `params`.
-
-    A `destination` that ends in `.safetensors` becomes such a file, with names like
-    `conv/kernel`. Without `like`: the tree, shapes and dtypes of the parameters in `source`.
-    """
-    stored = Stored(locate(source, step))
-    destination = Path(destination)
-    if destination.exists():
-        raise FileExistsError(f"destination={destination} exists. Remove it or pass another path.")
-    averaged = stored.load_averages(stored.params_like() if like is None else like, None, False)
-    if destination.suffix != ".safetensors":
-        items = with_digests({"params": averaged})
-        ocp.save_checkpointables(destination, items, custom_metadata=inventory(items))
-        return
-    try:
-        from safetensors.numpy import save_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"destination={destination} needs the package safetensors: pip install safetensors"
-        ) from error
-    leaves = (np.asarray(x) for x in jax.tree.leaves(averaged))
-    save_file(dict(zip(leaf_names(averaged), leaves, strict=True)), destination)
+    leaves = named_leaves(like)
+    places = stored.contents.places(leaves, name)
+    names = written_names(places, [leaves[leaf] for leaf in places])
+    read = ["/".join(filter(None, place.path)) for place in places.values()]
+    return dict(zip(names, read, strict=True))

@@ -11,19 +11,16 @@ from typing import Any, NamedTuple
 
 from emaopt._tree.paths import KeyPath, called
 
-from ._errors import MismatchError
+from ._errors import MismatchError, few
+from ._trees import logical
 
 
 DIGESTS = "digests"  # the item with one number per leaf
+STAMP = "stamp"  # a leaf of it: which save, of which step
 EXPORTED = {"params", DIGESTS}  # the items of a checkpoint that holds averages alone
 SHADOW, STEP, RESIDUE, LEDGER, SWAPPED = "shadow", "step", "residue", "ledger", "emaopt_swapped"
 # the fields of an average; "other" stands beside one that `emaopt convert` wrote
 _FIELDS = {SHADOW, STEP, RESIDUE, LEDGER, SWAPPED, "other"}
-
-
-def logical(path: KeyPath) -> KeyPath:
-    """Return a key path without the `value` that a box around an array puts at its end."""
-    return path[:-1] if path[-1:] == ("value",) else path
 
 
 class Average(NamedTuple):
@@ -112,7 +109,7 @@ class Contents:
         if not found and (name is not None or {path[0] for path in self.index} != EXPORTED):
             has = sorted({"/".join(filter(None, path[:2])) for path in self.index})
             raise MismatchError(
-                f"checkpoint {self.checkpoint} holds no average. It has {_few(has)}. Save the "
+                f"checkpoint {self.checkpoint} holds no average. It has {few(has)}. Save the "
                 "opt_state of a chain with emaopt.ema in it."
             )
         if name is None:
@@ -143,8 +140,8 @@ class Contents:
         root = self._root_of(names, chosen)
         places = {}
         for leaf in names:
-            at = self.index.get((*root, *leaf))
-            own = self._name((*root, *leaf))
+            path = self._unwrapped((*root, *leaf))
+            at, own = self.index.get(path), self._name(path)
             holders = [average for average in chosen if own in average.leaves]
             if len(holders) > 1:
                 raise MismatchError(
@@ -155,8 +152,8 @@ class Contents:
             param = at if own is None else self.params.get(own)
             if holders and own is not None:
                 (average,) = holders
-                path = average.leaves[own]
-                places[leaf] = Place(path, average.residues.get(own), param or path)
+                value = average.leaves[own]
+                places[leaf] = Place(value, average.residues.get(own), param or value)
             elif param is not None:
                 places[leaf] = Place(param, None, param)
         return places
@@ -165,7 +162,7 @@ class Contents:
         """Say what a leaf is: `average of w`, `slot m of w`, `global step`, `rest`."""
         path = logical(path)
         if path[0] == DIGESTS:
-            return f"digests of {path[-1]}"
+            return "step and number of the save" if path[-1] == STAMP else f"digests of {path[-1]}"
         for node, average in self.averages.items():
             if not _is_in(path, node):
                 continue
@@ -208,6 +205,14 @@ class Contents:
         return {node: leaves[node] for node in nodes}
 
     @cached_property
+    def _below(self) -> dict[KeyPath, list[KeyPath]]:
+        """The leaves right below a node."""
+        found: dict[KeyPath, list[KeyPath]] = {}
+        for path in self.index:
+            found.setdefault(path[:-1], []).append(path)
+        return found
+
+    @cached_property
     def _slot_names(self) -> set[KeyPath]:
         """The names that slots may have: of parameters, and of what is averaged."""
         return set(self.stored_params).union(*self._shadows.values())
@@ -231,6 +236,11 @@ class Contents:
             if self._is_swapped(node)
             for own in leaves
         }
+
+    def _unwrapped(self, path: KeyPath) -> KeyPath:
+        """The path of the one array in a box, as a haliax array is; or the path itself."""
+        inside = self._below.get(path, [])
+        return inside[0] if path not in self.index and len(inside) == 1 else path
 
     def _average(self, node: KeyPath) -> Average:
         swapped = self._is_swapped(node)
@@ -312,7 +322,7 @@ class Contents:
         if len(parts) > 1:
             raise MismatchError(
                 f"like is a part of the parameters of checkpoint {self.checkpoint}, and several "
-                f"parts have such leaves: {_few('/'.join(part) for part in parts)}. Pass the whole."
+                f"parts have such leaves: {few('/'.join(part) for part in parts)}. Pass the whole."
             )
         return parts[0]
 
@@ -329,10 +339,3 @@ def _shared_start(paths: Iterable[KeyPath]) -> KeyPath:
             break
         keys.append(column[0])
     return tuple(keys)
-
-
-def _few(names: Iterable[str], at_most: int = 20) -> str:
-    """Some names for an error, and how many more there are."""
-    names = list(names)
-    more = len(names) - at_most
-    return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")

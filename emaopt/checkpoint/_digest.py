@@ -17,24 +17,50 @@ from emaopt._tree.devices import in_memory
 
 
 ELEMENTS_AT_ONCE = 2**22  # of an array on the host, copied to a device
+COLLECTIVES_AT_ONCE = 8  # sharded leaves whose digests are computed at the same time, on CPU
 
 
 def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
-    """uint32 [n + 1]: the digest of each of n leaves, and of these n numbers themselves.
+    """Return the digest of each of n leaves, and of these n numbers themselves: uint32 [n + 1].
 
     On the devices of the leaves; on the host if there are none, or not the same for all.
     """
     # one call per leaf: in one program for all, XLA on CPU keeps the mixed words of all at once
-    on_device = lambda leaf: isinstance(leaf, jax.Array)
-    each = [_digest(_hashable(x)) if on_device(x) else _digest_in_parts(x) for x in leaves]
-    places = {frozenset(leaf.sharding.device_set) for leaf in leaves if on_device(leaf)}
+    each = []
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, jax.Array):
+            each.append(_digest_in_parts(leaf))
+            continue
+        each.append(_digest(_hashable(leaf)))
+        # every sharded leaf is a collective; with some 80 of them in flight, XLA on CPU ends the
+        # process, because its few threads wait for each other
+        if i % COLLECTIVES_AT_ONCE == 0 and _is_on_several_cpus(leaf):
+            jax.block_until_ready(each[-1])
+    places = {frozenset(x.sharding.device_set) for x in leaves if isinstance(x, jax.Array)}
     if len(places) == 1:
         return with_own_digest(each)
     return np.asarray(with_own_digest([np.asarray(digest) for digest in each]))
 
 
-def damaged(recorded: np.ndarray, leaves: dict[int, Any]) -> list[int] | None:
-    """Which of the leaves, by position, are not what was recorded; `None` if the record is not."""
+def _is_on_several_cpus(leaf: jax.Array) -> bool:
+    devices = leaf.sharding.device_set
+    return len(devices) > 1 and next(iter(devices)).platform == "cpu"
+
+
+def damaged(recorded: np.ndarray, size: int, leaves: dict[int, Any]) -> list[int] | None:
+    """Return which leaves are not those that were recorded, by position.
+
+    Args:
+        recorded: uint32 [n + 1]: what `digests` returned of all leaves of the item.
+        size: n, the number of leaves that the item has.
+        leaves: some of these leaves, by position.
+
+    Returns:
+        The positions; `None` if the record is itself damaged, or of another item.
+    """
+    recorded = np.asarray(recorded)
+    if recorded.shape != (size + 1,) or recorded.dtype != np.uint32:
+        return None
     if not np.array_equal(with_own_digest(recorded[:-1]), recorded):
         return None
     now = np.asarray(digests(list(leaves.values())))

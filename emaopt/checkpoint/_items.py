@@ -1,16 +1,22 @@
 """What is written: the items of a checkpoint, what it says it holds, and the digests."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from emaopt._average.ema import SwappedEmaState
 from emaopt._average.find import averages, swap
-from emaopt._tree.paths import KeyPath, Tree
+from emaopt._tree.checks import written_names
+from emaopt._tree.paths import Tree
 
-from ._contents import DIGESTS
+from ._contents import DIGESTS, STAMP
 from ._digest import digests
-from ._stored import leaves_by_path
+from ._leaf import savable
+from ._trees import leaves_by_path, plain, without_model
 
 
 def items_of(
@@ -18,57 +24,70 @@ def items_of(
     params: Tree,
     opt_state: Tree,
     name: str | None,
-    digest: bool,
     rest: dict[str, Any],
 ) -> dict[str, Tree]:
-    """The items of a training state: the averages are in `params`, the parameters in the shadow."""
-    if not checkpointer.directory.is_absolute():
+    """Return the items of a training state: averages in `params`, raw parameters in the shadow.
+
+    Raises:
+        ValueError: Orbax could not write the state, or not read it back. Nothing was written.
+    """
+    if not checkpointer.directory.is_absolute() and "://" not in str(checkpointer.directory):
         raise ValueError(
             f"checkpointer writes to {str(checkpointer.directory)!r}, which is relative, and Orbax "
             "cannot. Make it with an absolute path: os.path.abspath."
         )
     if any(isinstance(state, SwappedEmaState) for state in averages(opt_state).values()):
         raise ValueError(
-            "opt_state is swapped already. Pass the state that training goes on with: save swaps."
+            "opt_state is swapped already: its averages are in params. Pass the state before "
+            "emaopt.swap; save calls it."
         )
-    averaged, swapped = swap(params, opt_state, name)
+    averaged, swapped = swap(params, without_model(params, opt_state), name)
     items = {"params": averaged, "opt_state": swapped} | ({"rest": rest} if rest else {})
-    for item, tree in items.items():
-        check_leaves(item, tree)
-    return with_digests(items) if digest else items
+    return {item: checked(item, tree) for item, tree in items.items()}
 
 
-def inventory(items: dict[str, Tree]) -> dict:
-    """What a checkpoint says it holds, so that an item that is gone is missed."""
-    return {"emaopt": {"items": sorted(items)}}
+def checked(item: str, tree: Tree) -> Tree:
+    """Return a tree as Orbax saves it and reads it back.
+
+    Raises:
+        ValueError: it could not read it back. The error names the leaf.
+    """
+    tree = plain(tree)
+    leaves = leaves_by_path(tree)
+    paths = [(item, *path) for path in leaves]
+    written_names(paths, leaves.values(), ".")  # Orbax joins keys with a dot
+    saved = [
+        savable(leaf, "/".join(path)) for path, leaf in zip(paths, leaves.values(), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), saved)
 
 
-def with_digests(items: dict[str, Tree]) -> dict[str, Tree]:
-    """The items and, for each, the digests of its leaves in the order of their sorted paths."""
-    found = {}
+def inventory(items: dict[str, Tree], stamp: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return what a checkpoint says it holds, so that an item that is gone is missed.
+
+    Args:
+        items: its items.
+        stamp: which save it is, see `new_stamp`.
+    """
+    stamped = {} if stamp is None else {STAMP: list(stamp)}
+    return {"emaopt": {"items": sorted(items)} | stamped}
+
+
+def new_stamp(step: int) -> list[int]:
+    """Return four 32-bit words for a save: its step (two of them), and a random number.
+
+    They stand in the digests and in the metadata of the checkpoint, so that items which somebody
+    put together from two checkpoints are noticed.
+    """
+    return [step % 2**32, step // 2**32, *np.frombuffer(os.urandom(8), np.uint32).tolist()]
+
+
+def with_digests(items: dict[str, Tree], stamp: Sequence[int] | None = None) -> dict[str, Tree]:
+    """Return the items and, for each, the digests of its leaves in the order of their paths."""
+    found: dict[str, Any] = {}
     for item, tree in items.items():
         leaves = leaves_by_path(tree)
         found[item] = digests([leaves[path] for path in sorted(leaves)])
+    if stamp is not None:
+        found[STAMP] = np.asarray(stamp, np.uint32)
     return items | {DIGESTS: found}
-
-
-def check_leaves(item: str, tree: Tree) -> None:
-    """Raise if Orbax could not save the tree, or not read it back."""
-    seen: dict[str, KeyPath] = {}
-    for path, leaf in leaves_by_path(tree).items():
-        name = "/".join((item, *path))
-        stored = ".".join(path)  # Orbax's own joint
-        if stored in seen:
-            raise ValueError(
-                f"{name} and {'/'.join((item, *seen[stored]))} would be stored under one name. "
-                "Rename one: a '.' inside a key collides with nesting."
-            )
-        seen[stored] = path
-        if isinstance(leaf, bool):
-            raise ValueError(
-                f"{name} is a Python bool, which Orbax cannot read back. Pass np.asarray({leaf})."
-            )
-        if getattr(leaf, "size", 1) == 0:
-            raise ValueError(
-                f"{name} has no elements, which Orbax cannot save. Leave it out, or mask it: None."
-            )

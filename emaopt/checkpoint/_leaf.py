@@ -2,61 +2,162 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def shape(leaf: Any) -> tuple:
-    """The shape; a number and a string have none."""
-    return np.shape(_raw(leaf)) if isinstance(leaf, (int, float, bool, str)) else _raw(leaf).shape
+class Target(NamedTuple):
+    """Where a leaf is read to: the host, the default device (uncommitted), or over a sharding."""
+
+    on_device: bool = False
+    sharding: Any = None
 
 
-def _raw(leaf: Any) -> Any:
-    """Keys are stored as the integers they are made of."""
-    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.eval_shape(jax.random.key_data, leaf)
-    return leaf
+HOST = Target()
+
+
+def is_key(leaf: Any) -> bool:
+    """Tell whether a leaf is an array of random keys, real or abstract."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def shape(leaf: Any) -> tuple[int, ...]:
+    """Return the shape as it is on disk; a number and a string have none."""
+    return tuple(_on_disk(leaf).shape) if hasattr(leaf, "shape") else np.shape(leaf)
 
 
 def same_kind(a: Any, b: Any) -> bool:
-    """Whether two leaves have the same dtype; of a Python number, only its kind counts."""
-    if hasattr(a, "dtype") and hasattr(b, "dtype"):
-        return _raw(a).dtype == _raw(b).dtype
-    kind = lambda x: np.dtype(x.dtype).kind if hasattr(x, "dtype") else np.asarray(x).dtype.kind
-    return kind(a) == kind(b)
+    """Tell whether two leaves have the same dtype on disk; of a Python number, the same kind."""
+    if _is_array(a) and _is_array(b):
+        return _on_disk(a).dtype == _on_disk(b).dtype
+    return _kind(a) == _kind(b)
 
 
-def as_stored(leaf: Any, stored: Any) -> Any:
-    """A template that reads what is stored, without conversion, to where `leaf` is."""
-    if not hasattr(stored, "dtype"):
-        return stored
-    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+def _on_disk(leaf: Any) -> Any:
+    """Keys are stored as the integers that they are made of."""
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and not isinstance(leaf, str)
+
+
+def _kind(leaf: Any) -> str:
+    return np.dtype(leaf.dtype).kind if _is_array(leaf) else np.asarray(leaf).dtype.kind
+
+
+def target_of(leaf: Any, stored: Any) -> Target:
+    """Return where a stored leaf is read to, so that it comes to where its template is.
+
+    A committed array, and an abstract one with a sharding, say a sharding. An uncommitted one gives
+    an uncommitted value: committed to one device, it could not be used beside sharded arrays.
+
+    Args:
+        leaf: the template.
+        stored: the form of the stored leaf. JAX cannot hold 64 bits (unless it is told to), so
+            these are read to the host.
+    """
+    fits = _is_array(stored) and jax.dtypes.canonicalize_dtype(stored.dtype) == stored.dtype
+    if is_key(leaf) or not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) or not fits:
+        return HOST
+    return Target(on_device=True, sharding=_sharding(leaf))
+
+
+def _sharding(leaf: jax.Array | jax.ShapeDtypeStruct) -> Any:
+    """The sharding of a template, `None` if it is not committed to one."""
+    is_free = isinstance(leaf, jax.Array) and not getattr(leaf, "committed", True)
+    return None if is_free else leaf.sharding
+
+
+def like_leaf(value: Any, leaf: Any, name: str, impl: str | None = None) -> Any:
+    """Turn what was read into what the template is: an array of its dtype, a key, or a number.
+
+    Args:
+        value: what was read: an array, a Python number, a string.
+        leaf: the template.
+        name: the name of the leaf, for errors.
+        impl: of a random key, its kind.
+
+    Raises:
+        ValueError: the template's dtype does not hold the value.
+    """
+    if not _is_array(leaf):
+        return type(leaf)(value.item() if _is_array(value) else value)
+    if is_key(leaf):
+        impl = str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else impl
+        value = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
+    elif not _is_array(value):
+        value = _exactly(value, leaf.dtype, name)
+    elif value.dtype != leaf.dtype:
+        value = value.astype(leaf.dtype)
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        is_there = isinstance(value, jax.Array) and not is_key(leaf)
+        return value if is_there else jax.device_put(value, _sharding(leaf))
+    return value[()] if isinstance(leaf, np.generic) else value
+
+
+def _exactly(value: Any, wanted: Any, name: str) -> np.ndarray:
+    """A Python number as an array; a number that the dtype does not hold is refused."""
+    given = np.asarray(value)
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = given.astype(wanted)
+        if not np.array_equal(
+            result.astype(given.dtype), given, equal_nan=given.dtype.kind in "fc"
+        ):
+            raise ValueError(
+                f"{name} is {value!r}, which {np.dtype(wanted)} does not hold exactly. Pass a "
+                f"Python {type(value).__name__}."
+            )
+    return result
+
+
+def savable(leaf: Any, name: str) -> Any:
+    """Return a leaf as Orbax saves and reads it: NumPy's scalars, and bools, as arrays.
+
+    Raises:
+        ValueError: the leaf could not be read back. It says which one, before anything is written.
+    """
+    if isinstance(leaf, str):
+        return str(leaf)
+    if isinstance(leaf, (bool, complex, np.generic)):
+        leaf = np.asarray(leaf)
+    if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+        raise ValueError(f"{name} is {leaf}, which 64 bits do not hold. Pass a str.")
+    if isinstance(leaf, (int, float)):
         return leaf
-    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-        return np.empty(stored.shape, stored.dtype)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
-
-
-def like_leaf(value: Any, leaf: Any) -> Any:
-    """What was read, as `leaf` is: an array of its dtype, or a number."""
     if not hasattr(leaf, "dtype"):
-        return type(leaf)(value) if hasattr(value, "dtype") else value
-    if not hasattr(value, "dtype"):
-        return jnp.asarray(value, leaf.dtype)
-    return value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
+        raise ValueError(
+            f"{name} is a {type(leaf).__name__}, which a checkpoint cannot hold. Pass arrays, "
+            "numbers and strings; of an Equinox module, eqx.filter(model, eqx.is_array)."
+        )
+    if not is_key(leaf) and not _is_storable(np.dtype(leaf.dtype)):
+        raise ValueError(
+            f"{name} has dtype {leaf.dtype}, which a checkpoint cannot hold. Pass numbers in this "
+            "machine's byte order, or a str."
+        )
+    if leaf.size == 0:
+        raise ValueError(
+            f"{name} has no elements, which Orbax cannot save. Leave it out, or mask it: None."
+        )
+    return leaf
+
+
+def _is_storable(dtype: np.dtype) -> bool:
+    """Whether TensorStore has such numbers."""
+    is_number = dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
+    return is_number and dtype.isnative and dtype not in (np.longdouble, np.clongdouble)
 
 
 def size(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of the values; of strings, only their number is known."""
+    """Return the bytes of the values; of strings, only their number is known."""
     return math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
 def parts(sizes: dict[Any, int], at_once: int) -> Iterator[list[Any]]:
-    """The keys in groups of so many bytes, to be read one after the other."""
+    """Yield the keys in groups of so many bytes, to be read one after the other."""
     part, used = [], 0
     for key, bytes_ in sizes.items():
         if part and used + bytes_ > at_once:

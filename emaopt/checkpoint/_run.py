@@ -1,5 +1,7 @@
 """The checkpoints of a run: which are finished, and which one is meant."""
 
+import errno
+import os
 import re
 from typing import Any
 
@@ -9,24 +11,84 @@ from etils.epath import Path
 FINISHED = "_CHECKPOINT_METADATA"  # the file that a finished checkpoint has
 
 
-def finished_steps(directory: Path) -> dict[int, Path]:
-    """The finished checkpoints of a run, by step: directories named `120` or `step_120`.
+def is_finished(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is finished.
 
-    Only the names are read: one damaged checkpoint must not hide the others.
+    Raises:
+        PermissionError: it may not be looked at, so that nobody can tell.
+    """
+    if "://" in str(checkpoint):
+        return (checkpoint / FINISHED).exists()
+    try:
+        os.stat(checkpoint / FINISHED)
+    except PermissionError:
+        raise PermissionError(
+            errno.EACCES, "checkpoint may not be read by this user", str(checkpoint)
+        ) from None
+    except OSError:
+        return False
+    return True
+
+
+def finished_steps(directory: Path) -> dict[int, Path]:
+    """Return the finished checkpoints of a run by step: those that Orbax lists.
+
+    They are named `120`, or, if there are none, `step_120` or `step_00000120` with one prefix for
+    all. Other directories (`best_7` beside `120`) are copies that somebody made. Only the names are
+    read: one damaged checkpoint must not hide the others.
+
+    Raises:
+        ValueError: two directories are the same step, or there are several prefixes.
     """
     if not directory.is_dir():
         return {}
-    named = [(re.fullmatch(r"(?:.+_)?(\d+)", path.name), path) for path in directory.iterdir()]
-    return {int(name[1]): path for name, path in named if name and (path / FINISHED).exists()}
+    named: dict[str, dict[str, Path]] = {}
+    for path in sorted(directory.iterdir()):
+        found = re.fullmatch(r"(?:(.+)_)?([0-9]+)", path.name)
+        if found and is_finished(path):
+            named.setdefault(found[1] or "", {})[found[2]] = path
+    of_run = {"": named[""]} if "" in named else named
+    if len(of_run) > 1:
+        names = ", ".join(repr(max(paths.values()).name) for paths in of_run.values())
+        raise ValueError(
+            f"{directory} has checkpoints of several names: {names}. Pass one of them, or move "
+            "those that are not of the run to another place."
+        )
+    steps: dict[int, Path] = {}
+    for paths in of_run.values():
+        for number, path in paths.items():
+            if int(number) in steps:
+                raise ValueError(
+                    f"{directory} has step {int(number)} twice: {steps[int(number)].name!r} and "
+                    f"{path.name!r}. Pass one of them, or move one to another place."
+                )
+            steps[int(number)] = path
+    return steps
 
 
-def locate(path: Any, step: int | None) -> Path:
-    """One checkpoint: `path` itself, or a step of the run that is there."""
+def locate(path: Any, step: Any = None) -> Path:
+    """Find one checkpoint: `path` itself, or a step of the run that is there.
+
+    Args:
+        path: a checkpoint or a run, absolute.
+        step: a whole number; `None` means the newest one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the path is relative, of TF1, or inside a checkpoint.
+    """
     path = Path(path)
-    if not path.is_absolute():
+    if not path.is_absolute() and "://" not in str(path):
         raise ValueError(f"path={str(path)!r} is relative. Pass an absolute path.")
-    if step is None and any((path / file).exists() for file in (FINISHED, "_METADATA")):
-        return path
+    if step is None:
+        if is_finished(path):
+            return path
+        if (path / "_METADATA").exists():
+            if is_finished(path.parent):
+                raise ValueError(
+                    f"path={str(path)!r} is an item of a checkpoint. Pass {str(path.parent)!r}."
+                )
+            return path
     found = finished_steps(path)
     if not found and (Path(f"{path}.index").exists() or any(path.glob("*.index"))):
         raise ValueError(f"path={str(path)!r} is of TF1. Call emaopt.tf1.load, or emaopt convert.")
@@ -35,10 +97,19 @@ def locate(path: Any, step: int | None) -> Path:
     return pick(found, step, path)
 
 
-def pick(found: dict[int, Path], step: int | None, directory: Any) -> Path:
-    """The checkpoint of a step, the newest by default."""
+def pick(found: dict[int, Path], step: Any, directory: Any) -> Path:
+    """Return the checkpoint of a step, the newest by default.
+
+    Args:
+        found: the checkpoints of a run, by step.
+        step: a whole number, also an array; `None` means the newest one.
+        directory: the run, for errors.
+    """
     if not found:
         raise FileNotFoundError(f"{directory} holds no finished checkpoint. Pass another path.")
-    if step is not None and step not in found:
-        raise FileNotFoundError(f"step={step} is not in {directory}. Pass one of {sorted(found)}.")
-    return found[max(found) if step is None else step]
+    wanted = max(found) if step is None else int(step)
+    if wanted not in found:
+        steps = sorted(found)
+        listed = f"{steps[:20]} and {len(steps) - 20} more" if len(steps) > 20 else steps
+        raise FileNotFoundError(f"step={wanted} is not in {directory}. Pass one of {listed}.")
+    return found[wanted]

@@ -1,12 +1,9 @@
-"""A checkpoint on disk, by key path: what it holds, where its averages are, and its leaves.
+"""A checkpoint on disk, by key path: what it holds, and its leaves, verified.
 
-Everything is found in the checkpoint's own metadata. A leaf is one path, the item first:
-`("opt_state", "1", "shadow", "conv", "kernel")`; a checkpoint without items is the one item "".
+A leaf is one path, the item first: `("opt_state", "1", "shadow", "conv", "kernel")`; a checkpoint
+without items is the one item "". What lies where, `contents` says.
 """
 
-import difflib
-import re
-import warnings
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
@@ -14,115 +11,304 @@ from typing import Any
 import jax
 import numpy as np
 from etils.epath import Path
-from orbax.checkpoint import v1 as ocp
 
-from emaopt._tree.checks import describe
-from emaopt._tree.paths import KeyPath, Tree, key_paths
+from emaopt._tree.checks import check_array, describe, printable
+from emaopt._tree.numbers import wide
+from emaopt._tree.paths import KeyPath, Tree
 
-from ._contents import DIGESTS, Contents, logical
+from ._contents import DIGESTS, STAMP, Contents, Place
 from ._digest import damaged
-from ._errors import DamagedError, MismatchError
-from ._leaf import as_stored, like_leaf, same_kind, shape
-from ._run import FINISHED
+from ._errors import DamagedError, MismatchError, cause, few, missing, shortened
+from ._item import METADATA, Item, LeafError, read_json
+from ._leaf import HOST, Target, is_key, like_leaf, same_kind, shape, target_of
+from ._run import FINISHED, is_finished
+from ._trees import leaves_by_path, logical, named_leaves
 
 
 class Stored:
-    """One checkpoint: `items`, the metadata of each item by key path."""
+    """One checkpoint.
+
+    `items`: its trees, by name; what is no tree (JSON, a data iterator) is not among them.
+
+    Args:
+        path: the directory of the checkpoint.
+
+    Raises:
+        DamagedError: a file that says what is in it is missing or damaged.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.about: dict[str, Any] = {}
         try:
-            self.trees = _read_metadata(path)
+            self.items = self._read_items()
         except Exception as error:
             raise DamagedError(
                 f"checkpoint {path}: what is in it cannot be read, a file is damaged, cut off or "
-                f"missing. {_cause(error)} Use another step."
+                f"missing. {cause(error)} Use another step."
             ) from error
-        self.items = {item: leaves_by_path(tree) for item, tree in self.trees.items()}
-
-    def load(self, like: dict[str, Tree]) -> dict[str, Tree]:
-        """Whole items, each in the structure of its `like`."""
-        problems: list[str] = []
-        for item, tree in like.items():
-            if item not in self.items:
-                problems.append(f"there is no item {item!r}, only {', '.join(sorted(self.items))}")
-                continue
-            wanted, stored = leaves_by_path(tree), self.items[item]
-            for path, leaf in wanted.items():
-                problems += self._problems((item, *path), leaf, [stored.get(path)])
-            problems += [
-                f"{'/'.join((item, *path))} is stored, but not in what was passed"
-                for path in stored
-                if path not in wanted
-            ]
-        self.refuse(problems)
-        return {item: self._load_item(item, tree) for item, tree in like.items()}
-
-    def load_averages(self, like: Tree, name: str | None, cast: bool) -> Tree:
-        """Load the averages, in the structure, dtypes and shardings of `like`."""
-        wanted = {logical(path): leaf for path, leaf in leaves_by_path(like).items()}
-        places = self.contents.places(wanted, name)
-        problems: list[str] = []
-        by_item: dict[str, dict[KeyPath, Any]] = {}
-        for leaf_name, leaf in wanted.items():
-            if leaf_name not in places:
-                problems.append(self._missing(leaf_name, [logical(p[1:]) for p in self.paths()]))
-                continue
-            path, _, param = places[leaf_name]
-            stored = self.leaf(path)
-            problems += self._problems(path, leaf, [leaf] if cast else [stored, self.leaf(param)])
-            by_item.setdefault(path[0], {})[path[1:]] = as_stored(leaf, stored)
-        if not places:
-            problems += [f"pass that part alone, like[{k!r}]" for k in self._above(wanted, name)]
-        self.refuse(problems)
-        loaded: dict[KeyPath, Any] = {
-            (item, *path): value
-            for item, leaves in by_item.items()
-            for path, value in self.load_leaves(item, leaves).items()
-        }
-        values = [like_leaf(loaded[places[n].path], leaf) for n, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), values)
+        self._check_stamp()
 
     @cached_property
     def contents(self) -> Contents:
         """What lies where: averages, parameters, and the rest."""
         return Contents(self.paths(), self.path)
 
+    @property
+    def trees(self) -> dict[str, Tree]:
+        """The tree of each item; its leaves are names."""
+        return {name: item.tree for name, item in self.items.items()}
+
+    def paths(self) -> list[KeyPath]:
+        """Return every leaf of the checkpoint."""
+        return [(name, *path) for name, item in self.items.items() for path in item]
+
+    def leaf(self, path: KeyPath) -> Any:
+        """Return a leaf without its value: an abstract array, or an empty number or string.
+
+        For who looks at all leaves: the first call reads the metadata of the whole item.
+        """
+        return self.forms((path[0], *own) for own in self.items[path[0]])[path]
+
+    def forms(self, paths: Iterable[KeyPath]) -> dict[KeyPath, Any]:
+        """Return some leaves without their values, see `leaf`; faster than one by one."""
+        found: dict[KeyPath, Any] = {}
+        for name, own in _by_item(paths).items():
+            with_forms = self._trying(name, lambda n=name, o=own: self.items[n].forms(o))
+            found |= {(name, *path): form for path, form in with_forms.items()}
+        return found
+
+    def load(self, like: dict[str, Tree]) -> dict[str, Tree]:
+        """Load whole items, each in the structure of its template.
+
+        Raises:
+            MismatchError: names, shapes or dtypes differ; all problems at once, before anything is
+                read.
+        """
+        lacking = [name for name in like if name not in self.items]
+        wanted = {name: leaves_by_path(tree) for name, tree in like.items() if name in self.items}
+        lost = [(n, *p) for n, leaves in wanted.items() for p in leaves if p not in self.items[n]]
+        others = [(n, *p) for n, leaves in wanted.items() for p in self.items[n] if p not in leaves]
+        leaves = {
+            (name, *path): leaf
+            for name, own in wanted.items()
+            for path, leaf in own.items()
+            if path in self.items[name]
+        }
+        forms = self.forms(leaves)
+        wrong = [self._differs(path, leaf, forms[path]) for path, leaf in leaves.items()]
+        self._refuse(
+            [
+                f"there is no item {name!r}, only {', '.join(sorted(self.items))}"
+                for name in lacking
+            ],
+            missing(lost, self.paths()),
+            [problem for problem in wrong if problem],
+            [
+                f"{printable('/'.join(path))} is stored, but not in what was passed"
+                for path in others
+            ],
+        )
+        values = self._read({path: target_of(leaf, forms[path]) for path, leaf in leaves.items()})
+        result = {}
+        for name, tree in like.items():
+            own = [
+                self._like(values[(name, *path)], leaf, (name, *path))
+                for path, leaf in wanted[name].items()
+            ]
+            result[name] = jax.tree.unflatten(jax.tree.structure(tree), own)
+        return result
+
+    def load_averages(self, like: Tree, name: str | None, cast: bool) -> Tree:
+        """Load the averages, in the structure, dtypes and shardings of `like`.
+
+        Args:
+            like: the parameters, real or abstract.
+            name: which average, see `Contents.called`.
+            cast: whether another dtype than those of parameter and average is fine.
+
+        Raises:
+            MismatchError: names, shapes or dtypes differ; all problems at once, before anything is
+                read.
+        """
+        wanted = named_leaves(like)
+        for leaf_name, leaf in wanted.items():
+            check_array("/".join(leaf_name), leaf, "like")
+        places = self.contents.places(wanted, name)
+        there = {leaf_name: leaf for leaf_name, leaf in wanted.items() if leaf_name in places}
+        forms = self.forms({path for place in places.values() for path in place if path})
+        wrong = []
+        for leaf_name, leaf in there.items():
+            path, _, param = places[leaf_name]
+            also = leaf if cast else forms[param]
+            wrong.append(self._differs(path, leaf, forms[path], also))
+        known = [logical(path[1:]) for path in self.paths()] if len(there) < len(wanted) else []
+        self._refuse(
+            missing([leaf_name for leaf_name in wanted if leaf_name not in places], known),
+            [problem for problem in wrong if problem],
+            [] if places else [f"pass that part, like[{k!r}]" for k in self._above(wanted, name)],
+        )
+        averaged = self._averages({n: (places[n], leaf) for n, leaf in there.items()}, forms)
+        values = [self._like(averaged[n], leaf, places[n].path) for n, leaf in there.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), values)
+
+    def averages(self, places: dict[Any, Place]) -> dict[Any, Any]:
+        """Read some averages to the host: the values that were evaluated, a residue included."""
+        forms = self.forms({path for place in places.values() for path in place if path})
+        return self._averages({key: (place, None) for key, place in places.items()}, forms)
+
     def params_like(self) -> Tree:
         """Return the stored parameters as empty NumPy arrays: the default for `like`."""
         contents = self.contents
         contents.called(None)  # there must be an average
-        tree = self.trees[contents.root[0]]
+        tree = self.items[contents.root[0]].tree
         for key in contents.root[1:]:
-            tree = tree[int(key) if isinstance(tree, (list, tuple)) else key]
-        names = [logical(path) for path in key_paths(tree)]
-        like = [self.leaf(contents.params[name]) for name in names]
-        empty = lambda x: np.empty(x.shape, x.dtype) if hasattr(x, "dtype") else x
-        return jax.tree.unflatten(jax.tree.structure(tree), map(empty, like))
-
-    def paths(self) -> list[KeyPath]:
-        """Every leaf of the checkpoint."""
-        return [(item, *path) for item, leaves in self.items.items() for path in leaves]
-
-    def leaf(self, path: KeyPath) -> Any:
-        """What the metadata says of a leaf."""
-        return self.items[path[0]][path[1:]]
+            tree = tree[int(key) if isinstance(tree, list) else key]
+        forms = self.forms(contents.params.values())
+        leaves = [forms[contents.params[logical(path)]] for path in leaves_by_path(tree)]
+        empty = [np.empty(x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves]
+        return jax.tree.unflatten(jax.tree.structure(tree), empty)
 
     def read(self, paths: Iterable[KeyPath]) -> dict[KeyPath, Any]:
-        """Some leaves, verified, on the host."""
-        wanted: dict[str, dict[KeyPath, Any]] = {}
-        for path in paths:
-            like = self.leaf(path)
-            like = np.empty(like.shape, like.dtype) if hasattr(like, "dtype") else like
-            wanted.setdefault(path[0], {})[path[1:]] = like
-        return {
-            (item, *keys): value
-            for item, leaves in wanted.items()
-            for keys, value in self.load_leaves(item, leaves).items()
-        }
+        """Read some leaves to the host, verified."""
+        return self._read(dict.fromkeys(paths, HOST))
 
-    def refuse(self, problems: list[str]) -> None:
-        """Raise if there is any problem, with all of them."""
+    # ---- reading and verifying -----------------------------------------------------------------
+
+    def _read_items(self) -> dict[str, Item]:
+        if not is_finished(self.path) or (self.path / METADATA).exists():
+            return {"": Item(self.path)}
+        about = read_json(self.path / FINISHED)
+        custom = about.get("custom_metadata") or {}
+        self.about = custom.get("emaopt") or {}
+        handlers = about.get("item_handlers")
+        handlers = handlers if isinstance(handlers, dict) else {}
+        trees = {name for name, handler in handlers.items() if "ree" in str(handler)}
+        trees |= {name for name, handler in handlers.items() if "Standard" in str(handler)}
+        trees |= set(self.about.get("items", ()))
+        there = {path.name for path in self.path.iterdir() if (path / METADATA).exists()}
+        if lost := sorted(trees - there):
+            gone = [name for name in lost if not (self.path / name).exists()]
+            what = "are missing" if gone else f"have no file {METADATA}"
+            raise ValueError(f"The items {gone or lost} {what}.")
+        if not there:
+            raise ValueError("There is no item that is a tree.")
+        return {name: Item(self.path / name) for name in sorted(there)}
+
+    def _check_stamp(self) -> None:
+        """Raise if the digests are of another save than the checkpoint, or it is of another step.
+
+        Items of two steps in one directory are what an interrupted copy leaves.
+        """
+        recorded = self.about.get(STAMP)
+        if DIGESTS not in self.items or (recorded is None and (STAMP,) not in self.items[DIGESTS]):
+            return
+        stamp = None
+        if (STAMP,) in self.items[DIGESTS]:
+            stamp = [int(word) for word in self._trying_one(DIGESTS, (STAMP,))]
+        if stamp != recorded:
+            raise DamagedError(
+                f"checkpoint {self.path}: its items are of different saves, as an interrupted copy "
+                "leaves them. Use another step."
+            )
+        step = stamp[0] + stamp[1] * 2**32 if stamp else 0
+        if self.path.name.isascii() and self.path.name.isdigit() and int(self.path.name) != step:
+            raise DamagedError(
+                f"checkpoint {self.path} was saved as step {step}. Rename the directory to {step}, "
+                "or to a name that is no number."
+            )
+
+    def _trying(self, name: str, read: Any) -> Any:
+        """The result of reading; one line that names checkpoint, leaf and cause if it fails."""
+        try:
+            return read()
+        except LeafError as error:
+            leaf = "/".join(filter(None, (name, *error.path)))
+            raise DamagedError(
+                f"checkpoint {self.path}: {printable(leaf)} cannot be read, the data is cut off, "
+                f"missing or damaged. {cause(error)} Use another step."
+            ) from error
+
+    def _trying_one(self, name: str, path: KeyPath) -> Any:
+        return self._trying(name, lambda: self.items[name].read({path: HOST}))[path]
+
+    def _read(self, targets: dict[KeyPath, Target]) -> dict[KeyPath, Any]:
+        """Read some leaves, verified; the others are not read."""
+        values: dict[KeyPath, Any] = {}
+        for name, own in _by_item(targets).items():
+            wanted = {path: targets[(name, *path)] for path in own}
+            read = self._trying(name, lambda n=name, w=wanted: self.items[n].read(w))
+            if (name,) in self.items.get(DIGESTS, ()):
+                self._verify(name, read)
+            values |= {(name, *path): value for path, value in read.items()}
+        return values
+
+    def _verify(self, name: str, values: dict[KeyPath, Any]) -> None:
+        recorded = self._trying_one(DIGESTS, (name,))
+        paths = sorted(self.items[name])
+        order = {path: i for i, path in enumerate(paths)}
+        bad = damaged(recorded, len(paths), {order[path]: x for path, x in values.items()})
+        if bad is None:
+            raise DamagedError(
+                f"checkpoint {self.path}: the digests of item {name!r} are damaged, or of another "
+                "item, so its data cannot be trusted. Use another step."
+            )
+        if bad:
+            names = few("/".join((name, *paths[i])) for i in bad)
+            raise DamagedError(
+                f"checkpoint {self.path}: {names} is damaged: its bits are not those that were "
+                "saved. Use another step."
+            )
+
+    def _averages(self, wanted: dict[Any, tuple[Place, Any]], forms: dict) -> dict[Any, Any]:
+        """Averages, each where its template is; the residue of a compensated sum is added."""
+        targets: dict[KeyPath, Target] = {}
+        for place, leaf in wanted.values():
+            for path in (place.path, place.residue):
+                if path is not None:
+                    targets[path] = target_of(leaf, forms[path])
+        values = self._read(targets)
+        found = {}
+        for key, (place, _) in wanted.items():
+            value = values[place.path]
+            if place.residue is not None:
+                dtype = wide(value.dtype)
+                value = value.astype(dtype) + values[place.residue].astype(dtype)
+            found[key] = value
+        return found
+
+    def _like(self, value: Any, leaf: Any, path: KeyPath) -> Any:
+        impl = self.items[path[0]].key_impl(path[1:]) if is_key(leaf) else None
+        try:
+            return like_leaf(value, leaf, "/".join(path), impl)
+        except ValueError as error:
+            raise MismatchError(f"checkpoint {self.path}: {error}") from None
+
+    # ---- what does not fit ---------------------------------------------------------------------
+
+    def _differs(self, path: KeyPath, leaf: Any, stored: Any, also: Any = None) -> str:
+        """What is wrong with the shape or the dtype that was asked for; "" if nothing is."""
+        name = printable("/".join(path))
+        if shape(leaf) != shape(stored):
+            return f"{name} has shape {shape(stored)}, asked for as {shape(leaf)}"
+        if not (same_kind(leaf, stored) or (also is not None and same_kind(leaf, also))):
+            return f"{name} is {describe(stored)}, asked for as {describe(leaf)}"
+        return ""
+
+    def _above(self, wanted: Collection[KeyPath], name: str | None) -> list[str]:
+        """The keys below which `like` has leaves of the checkpoint, as Linen's variables do."""
+        below = {path[:1]: [p[1:] for p in wanted if p[:1] == path[:1]] for path in wanted}
+        if len(below) > 8:  # variables are in few collections
+            return []
+        return [
+            key[0]
+            for key, names in below.items()
+            if key and len(self.contents.places(names, name)) == len(names)
+        ]
+
+    def _refuse(self, *kinds: list[str]) -> None:
+        """Raise if there is any problem, with some of each kind."""
+        problems = [problem for kind in kinds for problem in shortened(kind)]
         if problems:
             raise MismatchError(
                 f"checkpoint {self.path} does not hold what was asked for; nothing was read.\n  "
@@ -130,117 +316,10 @@ class Stored:
                 + "\nPass trees like those that were saved."
             )
 
-    def _above(self, wanted: Collection[KeyPath], name: str | None) -> list[str]:
-        """The keys below which `like` has leaves of the checkpoint, as Linen's variables do."""
-        below = {path[:1]: [p[1:] for p in wanted if p[:1] == path[:1]] for path in wanted}
-        return [
-            key[0]
-            for key, names in below.items()
-            if len(self.contents.places(names, name)) == len(names)
-        ]
 
-    def _problems(self, path: KeyPath, leaf: Any, allowed: list) -> list[str]:
-        item, keys = path[0], path[1:]
-        stored = self.items[item].get(keys)
-        name = "/".join(path)
-        if stored is None:
-            return [self._missing(keys, self.items[item])]
-        if shape(leaf) != shape(stored):
-            return [f"{name} has shape {shape(stored)}, asked for as {shape(leaf)}"]
-        if not any(same_kind(leaf, other) for other in allowed):
-            return [f"{name} is {describe(stored)}, asked for as {describe(leaf)}"]
-        return []
-
-    def _missing(self, path: KeyPath, known: Iterable[KeyPath]) -> str:
-        close = difflib.get_close_matches("/".join(path), map("/".join, known), 3)
-        return f"{'/'.join(path)} is missing" + (f"; close: {', '.join(close)}" if close else "")
-
-    def _load_item(self, item: str, like: Tree) -> Tree:
-        wanted = leaves_by_path(like)
-        stored = self.items[item]
-        values = self.load_leaves(item, {p: as_stored(x, stored[p]) for p, x in wanted.items()})
-        ordered = [like_leaf(values[path], leaf) for path, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), ordered)
-
-    def load_leaves(self, item: str, wanted: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
-        """Some leaves of an item, verified; the others are not read."""
-        try:
-            values = self._read(item, wanted)
-        except Exception as error:
-            bad = [path for path, leaf in wanted.items() if not self._can_read(item, path, leaf)]
-            names = ", ".join("/".join((item, *path)) for path in bad) or f"item {item}"
-            raise DamagedError(
-                f"checkpoint {self.path}: {names} cannot be read, the data is cut off, missing or "
-                f"damaged. {_cause(error)} Use another step."
-            ) from error
-        if (item,) in self.items.get(DIGESTS, {}):
-            self._verify(item, values)
-        return values
-
-    def _verify(self, item: str, values: dict[KeyPath, Any]) -> None:
-        meta = self.items[DIGESTS][(item,)]
-        wanted = {(item,): np.empty(meta.shape, meta.dtype)}
-        recorded = self.load_leaves(DIGESTS, wanted)[(item,)]
-        paths = sorted(self.items[item])
-        order = {leaf: i for i, leaf in enumerate(paths)}
-        bad = damaged(recorded, {order[leaf]: value for leaf, value in values.items()})
-        if bad is None:
-            raise DamagedError(
-                f"checkpoint {self.path}: the digests of item {item!r} are damaged, so its data "
-                "cannot be trusted. Use another step."
-            )
-        if bad:
-            raise DamagedError(
-                f"checkpoint {self.path}: {', '.join('/'.join((item, *paths[i])) for i in bad)} is "
-                "damaged: its bits are not those that were saved. Use another step."
-            )
-
-    def _read(self, item: str, wanted: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
-        tree = self.trees[item]
-        template = jax.tree.unflatten(
-            jax.tree.structure(tree),
-            [wanted.get(path, ocp.PLACEHOLDER) for path in self.items[item]],
-        )
-        loaded = ocp.load(self.path, template, checkpointable_name=item or None)
-        return {p: x for p, x in leaves_by_path(loaded).items() if p in wanted}
-
-    def _can_read(self, item: str, path: KeyPath, leaf: Any) -> bool:
-        try:
-            self._read(item, {path: leaf})
-        except Exception:
-            return False
-        return True
-
-
-def leaves_by_path(tree: Tree) -> dict[KeyPath, Any]:
-    """The leaves by their key path on disk, in flattening order."""
-    return dict(zip(key_paths(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _read_metadata(path: Path) -> dict[str, Tree]:
-    if not (path / FINISHED).exists() or (path / "_METADATA").exists():
-        return {"": ocp.metadata(path, checkpointable_name=None).metadata}
-    found = ocp.checkpointables_metadata(path)
-    trees = found.metadata
-    note: Any = found.custom_metadata
-    expected = note["emaopt"]["items"] if note and "emaopt" in note else []
-    missing = sorted(set(expected) - set(trees))
-    if missing or not trees:
-        raise ValueError(f"The items {missing} are missing.")
-    for item, tree in trees.items():
-        if tree is None:
-            with warnings.catch_warnings(action="ignore"):
-                ocp.load(path, checkpointable_name=item)  # raises why
-            raise ValueError(f"Orbax cannot read the item {item}.")
-    return trees
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason, without TensorStore's dump; the leaf that it names, as we name it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).split(" [tensorstore_spec=")[0].split("\n")[0]
-    text = re.sub(
-        r'reading "([^"]+)/zarr.json"', lambda m: f"reading {m[1].replace('.', '/')}", text
-    )
-    return f"({type(error).__name__}: {text[:400]})"
+def _by_item(paths: Iterable[KeyPath]) -> dict[str, list[KeyPath]]:
+    """The paths inside each item."""
+    found: dict[str, list[KeyPath]] = {}
+    for path in paths:
+        found.setdefault(path[0], []).append(path[1:])
+    return found

@@ -18,11 +18,11 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._tree.checks import check_unique, did_you_mean
 from emaopt._tree.numbers import is_inexact
 from emaopt._tree.paths import KeyPath, called, key_paths
-from emaopt.checkpoint._contents import logical
 from emaopt.checkpoint._items import inventory, with_digests
 from emaopt.checkpoint._leaf import parts
 from emaopt.checkpoint._run import finished_steps, pick
 from emaopt.checkpoint._stored import Stored
+from emaopt.checkpoint._trees import logical
 from emaopt.posthoc import THRESHOLD
 from emaopt.posthoc._fit import Average, fit, profile_of
 from emaopt.posthoc._sum import Sum

@@ -22,7 +22,7 @@ ROOMS = {
     "_names": ({"_tree", "_average", "_optimizers"}, LIGHT),
     "presets": ({"_tree", "_average"}, {"jax"}),
     "posthoc": ({"_tree", "_average"}, {"jax", "numpy"}),
-    "checkpoint": ({"_tree", "_average"}, LIGHT | {"orbax", "etils", "safetensors"}),
+    "checkpoint": ({"_tree", "_average"}, LIGHT | {"orbax", "etils", "safetensors", "tensorstore"}),
     "tf1": ({"_extras", "_tree", "_average", "_names"}, LIGHT | {"tensorflow"}),
     "summary": (
         {"_tree", "_average", "_optimizers", "_names", "_extras"},
@@ -46,7 +46,8 @@ FLOORS = {
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
-    "checkpoint": "_errors _leaf _digest _run | _contents | _stored | _items | __init__",
+    "checkpoint": "_errors _leaf _digest _run _trees | _contents _item | _stored _items"
+    " | _export _watch | __init__",
     "presets": "_common | _tensorflow _pytorch _jax | __init__",
     "posthoc": "_fit _sum | __init__",
     "tf1": "_rename | _files _leaves | __init__",

@@ -36,7 +36,7 @@ from emaopt._names import AVERAGE
 from emaopt._tree.paths import KeyPath, Tree
 from emaopt.checkpoint._contents import DIGESTS
 from emaopt.checkpoint._digest import digests, with_own_digest
-from emaopt.checkpoint._items import check_leaves, inventory
+from emaopt.checkpoint._items import checked, inventory
 from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
@@ -94,7 +94,7 @@ def _to_orbax(source: Path, destination: Path, form: Form) -> None:
         raise ValueError(f"{source} holds strings, which Orbax cannot save: {', '.join(strings)}")
     abstract = {name: jax.ShapeDtypeStruct(*checkpoint.stored[name]) for name in places}
     for item, tree in _items(abstract, places):
-        check_leaves(item, tree)
+        checked(item, tree)
     parts_in = temporary(destination)
     found: dict[KeyPath, Any] = {}
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.checkpoint._stored import Stored
 
 
 # Orbax looks for the sharding itself where plain Orbax code gives none
@@ -450,16 +452,16 @@ def test_watch_passes_over_what_is_unfinished_or_vanishes(run, monkeypatch):
     path, *_ = run
     (path / "7").mkdir()  # Orbax lists it as a step
     (path / "9.orbax-checkpoint-tmp").mkdir()
-    reader = checkpoint.restore_averages
+    reader = Stored.load_averages
 
-    def vanishing(step_path, like):
-        if step_path.name == "2":
+    def vanishing(stored, *arguments):
+        if stored.path.name == "2":
             for file in (path / "2").rglob("*"):
                 if file.is_file():
                     file.unlink()
-        return reader(step_path, like)
+        return reader(stored, *arguments)
 
-    monkeypatch.setattr(checkpoint, "restore_averages", vanishing)
+    monkeypatch.setattr(Stored, "load_averages", vanishing)
     seen = [step for step, _ in checkpoint.watch(path, PARAMS, interval=0.01, timeout=0.05)]
     assert seen == [3, 1]
 
@@ -532,6 +534,14 @@ def resumed(path, params=PARAMS, opt_state=None, **rest):
         return checkpoint.resume(checkpointer, params, opt_state, **{"stats": jnp.ones(2)} | rest)
 
 
+def deep(levels):
+    """A leaf that many levels down."""
+    tree = jnp.ones(1)
+    for _ in range(levels):
+        tree = {"x": tree}
+    return tree
+
+
 MISTAKES = {
     "misspelt": (
         lambda p: checkpoint.restore_averages(p, {"conv": {"kernle": PARAMS["bias"]}}),
@@ -549,7 +559,7 @@ MISTAKES = {
         lambda p: checkpoint.restore_averages(
             p, {"bias": jnp.ones(4), "conv": {"kernel": jnp.ones((2, 3), jnp.int32)}, "x": 1.0}
         ),
-        r"(?s)params/bias has shape.*params/conv/kernel is float32.*x is missing",
+        r"(?s)x is missing.*params/bias has shape.*params/conv/kernel is float32",
     ),
     "relative path": (
         lambda p: checkpoint.restore_averages("run", PARAMS),
@@ -612,9 +622,23 @@ def test_a_mistake_is_named_before_anything_is_read(mistake, run, monkeypatch):
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        ({"a.b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, r"rest/a.b.*rest/a/b.*one name|one name"),
-        ({"flag": True}, r"rest/flag is a Python bool.*np.asarray\(True\)"),
+        (
+            {"a.b": jnp.ones(1), "a": {"b": jnp.ones(2)}},
+            r"two leaves are named 'rest\.a\.b': .*\[2\]",
+        ),
         ({"none": jnp.zeros((0, 3))}, r"rest/none has no elements"),
+        ({"raw": b"bytes"}, r"rest/raw is a bytes, which a checkpoint cannot hold"),
+        ({"raw": np.bytes_(b"bytes")}, r"rest/raw has dtype \|S5"),
+        ({"words": np.array(["a", "b"])}, r"rest/words has dtype <U1"),
+        ({"things": np.array([{}])}, r"rest/things has dtype object"),
+        ({"pairs": np.zeros(2, "i4,f4")}, r"rest/pairs has dtype \[\('f0'"),
+        ({"big": np.zeros(2, ">f4")}, r"rest/big has dtype >f4.*byte order"),
+        ({"when": np.datetime64("2026-11-28")}, r"rest/when has dtype datetime64"),
+        ({"wide": np.longdouble(1)}, r"rest/wide has dtype float128"),
+        ({"place": Path("/run")}, r"rest/place is a PosixPath"),
+        ({"many": {1, 2}}, r"rest/many is a set"),
+        ({"count": 2**64}, r"rest/count is 18446744073709551616, which 64 bits do not hold"),
+        ({"deep": deep(300)}, r"levels deep, below 'rest\.deep\.x'"),
     ],
 )
 def test_what_orbax_would_not_read_back_is_not_saved(rest, message, tmp_path):
@@ -623,6 +647,100 @@ def test_what_orbax_would_not_read_back_is_not_saved(rest, message, tmp_path):
         with pytest.raises(ValueError, match=message):
             checkpoint.save(checkpointer, 1, params, opt_state, **rest)
         assert checkpointer.latest is None
+
+
+KEPT = {
+    "float64": np.mean([0.1, 0.2, 0.3]),
+    "large": np.float64(1e300),
+    "float64 array": np.array([0.1, 1e300]),
+    "int64": np.int64(2**40 + 1),
+    "uint8": np.uint8(200),
+    "bool_": np.bool_(True),
+    "float16": np.float16(0.1),
+    "complex": 1 + 2j,
+    "complex128": np.complex128(0.1j),
+    "bool": True,
+    "int": 2**62,
+    "float": 0.1,
+    "str_": np.str_("words"),
+    "str": "",
+    "bfloat16": np.asarray(0.1, jnp.bfloat16),
+}
+
+
+def test_what_is_in_rest_comes_back_as_it_went(tmp_path):
+    params, opt_state = trained(OPTIMIZERS["chain"], 1)
+    blank = {
+        n: np.zeros_like(x) if isinstance(x, np.ndarray) else type(x)() for n, x in KEPT.items()
+    }
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        assert checkpoint.save(checkpointer, 1, params, opt_state, **KEPT)
+        *_, rest = checkpoint.resume(checkpointer, params, opt_state, **blank)
+    assert rest.keys() == KEPT.keys()
+    for name, want in KEPT.items():
+        assert type(rest[name]) is type(want), name
+        assert getattr(rest[name], "dtype", None) == getattr(want, "dtype", None), name
+        assert np.array_equal(rest[name], want), name
+
+
+@pytest.mark.parametrize(
+    ("saved", "like", "message"),
+    [
+        (2**40 + 1, np.int32(0), r"rest/x is 1099511627777, which int32 does not hold exactly"),
+        (2**40 + 1, jnp.int32(0), r"rest/x is 1099511627777, which int32 does not hold exactly"),
+        (0.1, jnp.float32(0), r"rest/x is 0.1, which float32 does not hold exactly.*Python float"),
+        (1.5, 1j, r"rest/x is 0.0, asked for as 1j"),
+        (np.float64(0.1), np.float32(0), r"rest/x is float64\[\], asked for as float32\[\]"),
+    ],
+)
+def test_what_would_be_rounded_is_refused(saved, like, message, tmp_path):
+    params, opt_state = trained(OPTIMIZERS["chain"], 1)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 1, params, opt_state, x=saved)
+        with pytest.raises(checkpoint.MismatchError, match=message):
+            checkpoint.resume(checkpointer, params, opt_state, x=like)
+
+
+def test_a_counter_named_step_is_saved_and_comes_back(tmp_path):
+    params, opt_state = trained(OPTIMIZERS["chain"], 1)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 20, params, opt_state, step=jnp.int32(20), epoch=3)
+        for step in (None, 20, jnp.int32(20)):
+            got = checkpoint.resume(checkpointer, params, opt_state, step=step, epoch=0)
+            assert_same(got[2], {"step": jnp.int32(20), "epoch": 3})
+
+
+def test_what_orbax_takes_reaches_orbax(tmp_path):
+    params, opt_state = trained(OPTIMIZERS["chain"], 1)
+    best = ocp.training.preservation_policies.BestN(get_metric_fn=lambda m: m["accuracy"], n=1)
+    every = ocp.training.save_decision_policies.FixedIntervalPolicy(100)
+    with ocp.training.Checkpointer(
+        tmp_path, preservation_policy=best, save_decision_policy=every
+    ) as checkpointer:
+        for step, accuracy in ((0, 0.9), (100, 0.5), (200, 0.4)):
+            metrics = {"accuracy": accuracy}
+            checkpoint.save(checkpointer, step, params, opt_state, metrics=metrics)
+        checkpointer.wait()
+        assert [(c.step, c.metrics) for c in checkpointer.checkpoints] == [(0, {"accuracy": 0.9})]
+        about, best_yet = {"config": "resnet"}, {"accuracy": 0.95}
+        assert not checkpoint.save(checkpointer, 250, params, opt_state)
+        assert checkpoint.save(
+            checkpointer,
+            250,
+            params,
+            opt_state,
+            force=True,
+            metrics=best_yet,
+            custom_metadata=about,
+        )
+        custom = ocp.checkpointables_metadata(tmp_path / "250").custom_metadata
+        assert custom["config"] == "resnet"
+        with pytest.raises(ValueError, match=r"step=250 is in .* already\. Pass another step"):
+            checkpoint.save(checkpointer, 250, params, opt_state, force=True)
+        done = checkpoint.save_async(
+            checkpointer, 250, params, opt_state, force=True, overwrite=True, metrics=best_yet
+        )
+        assert done.result()
 
 
 def test_a_state_without_an_average_is_not_saved_or_restored(tmp_path):

@@ -22,7 +22,10 @@ from trainer import environment
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.checkpoint import DamagedError
 from emaopt.checkpoint._digest import digests
+from emaopt.checkpoint._item import Item
+from emaopt.checkpoint._stored import Stored
 
 
 TRAINER = [sys.executable, trainer.__file__]
@@ -169,15 +172,15 @@ FAILURES = {
     ),
     "data file truncated": (
         lambda run: every(run / "1" / "opt_state", "d/*", half),
-        r"OUT_OF_RANGE: .*reading [01]/\w+.* at local file .*/opt_state/.*not valid",
+        r"opt_state/0/step cannot be read.*OUT_OF_RANGE: .*file .*/opt_state/.*not valid",
     ),
     "data file removed": (
         lambda run: every(run / "1" / "rest", "d/*", lambda file: file.unlink()),
-        r"NOT_FOUND: .*reading stats in OCDBT database at local file .*/rest/",
+        r"rest/stats cannot be read.*NOT_FOUND: .* of local file .*/rest/",
     ),
     "bad manifest": (
         lambda run: scramble(run / "1" / "params" / "manifest.ocdbt"),
-        r"DATA_LOSS: .*reading dense/(bias|kernel) .*/params/.*Error decoding manifest",
+        r"params/dense/bias cannot.*DATA_LOSS: .*/params/.*Error decoding manifest",
     ),
     "bad _METADATA": (
         lambda run: half(run / "1" / "opt_state" / "_METADATA"),
@@ -185,11 +188,11 @@ FAILURES = {
     ),
     "bad _sharding": (
         lambda run: scramble(run / "1" / "opt_state" / "_sharding"),
-        r"opt_state/_sharding\": Invalid JSON",
+        r"^$",
     ),
     "no _METADATA": (
         lambda run: (run / "1" / "params" / "_METADATA").unlink(),
-        r"valid pytree checkpointable names: \['rest', 'digests', 'opt_state'\]",
+        r"The items \['params'\] have no file _METADATA",
     ),
     "item removed": (
         lambda run: shutil.rmtree(run / "1" / "opt_state"),
@@ -275,55 +278,46 @@ def test_damage_is_detected_or_touches_no_bit_that_is_loaded(damage, reported):
 @pytest.mark.parametrize("failure", FAILURES)
 def test_the_error_names_checkpoint_leaf_and_cause(failure, reported):
     error = reported["failures"][failure]
+    if error is None:  # nothing is read of that file
+        assert failure == "bad _sharding"
+        return
     assert re.search(FAILURES[failure][1], error), error
     assert "report0/damaged" in error
 
 
 @pytest.mark.parametrize("item", ["params", "opt_state", "rest"])
 def test_the_damaged_leaf_is_named(item, saved, monkeypatch):
-    """A bit flipped in what Orbax read, for each leaf: what bit rot in array data comes to."""
-    stored = checkpoint.Stored(saved / "1")
-    for leaf in stored.items[item]:
+    """A bit flipped in what was read, for each leaf: what bit rot in array data comes to."""
+    for leaf in Stored(saved / "1").items[item]:
         with monkeypatch.context() as patch:
-            patch.setattr(ocp, "load", flipping(ocp.load, item, leaf))
+            flip_what_is_read(patch, item, leaf)
             name = "/".join((item, *leaf))
-            with pytest.raises(ValueError, match=rf"checkpoint .*/1: {name} is damaged: its bits"):
+            with pytest.raises(
+                DamagedError, match=rf"checkpoint .*/1: {name} is damaged: its bits"
+            ):
                 load(saved)
 
 
-def test_damaged_digests_are_not_blamed_on_the_data(saved, monkeypatch):
-    monkeypatch.setattr(ocp, "load", flipping(ocp.load, "digests", ("params",)))
-    with pytest.raises(ValueError, match="the digests of item 'params' are damaged"):
+@pytest.mark.parametrize("item", ["params", "stamp"])
+def test_damaged_digests_are_not_blamed_on_the_data(item, saved, monkeypatch):
+    flip_what_is_read(monkeypatch, "digests", (item,))
+    message = {"params": "the digests of item 'params' are damaged", "stamp": "different saves"}
+    with pytest.raises(DamagedError, match=message[item]):
         load(saved)
 
 
-def test_an_item_without_metadata_is_an_error_even_if_orbax_loads_it(saved, monkeypatch):
-    read = ocp.checkpointables_metadata
+def flip_what_is_read(patch, name, leaf):
+    read = Item.read
 
-    def blind(path):
-        found = read(path)
-        found.metadata["rest"] = None
-        return found
+    def flipping(item, targets):
+        values = read(item, targets)
+        if item.directory.name == name and leaf in values:
+            value = np.asarray(values[leaf]).copy()
+            value.reshape(-1).view(np.uint8)[0] ^= 1
+            values[leaf] = value
+        return values
 
-    monkeypatch.setattr(ocp, "checkpointables_metadata", blind)
-    with pytest.raises(ValueError, match="Orbax cannot read the item rest"):
-        load(saved)
-
-
-def flipping(read, item, leaf):
-    def load(path, template, *, checkpointable_name):
-        tree = read(path, template, checkpointable_name=checkpointable_name)
-        if checkpointable_name != item:
-            return tree
-        node = tree
-        for key in leaf[:-1]:
-            node = node[int(key)] if isinstance(node, list) else node[key]
-        value = np.asarray(node[leaf[-1]]).copy()
-        value.reshape(-1).view(np.uint8)[0] ^= 1
-        node[leaf[-1]] = value
-        return tree
-
-    return load
+    patch.setattr(Item, "read", flipping)
 
 
 def test_without_digests_a_checkpoint_loads_unverified(tmp_path):
