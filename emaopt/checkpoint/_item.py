@@ -25,6 +25,7 @@ from ._leaf import Target
 
 METADATA = "_METADATA"  # the file that a tree has
 _SEQUENCE = 1  # Orbax's type of a key that is a position
+_EMPTY = {"Dict": {}, "List": [], "Tuple": []}  # what Orbax calls a node without leaves
 
 
 def read_file(path: Path) -> bytes:
@@ -62,10 +63,12 @@ class Item:
             value = entry["value_metadata"]
             path = tuple(str(key["key"]) for key in keys)
             types = tuple(key["key_type"] for key in keys)
-            is_leaf = not value.get("skip_deserialize")
-            entries.append((path, types, is_leaf))
-            if is_leaf:
-                self._kinds[path] = value["value_type"]
+            kind = value["value_type"]
+            if value.get("skip_deserialize"):
+                entries.append((path, types, _EMPTY.get(kind)))
+            else:
+                entries.append((path, types, "/".join(path)))
+                self._kinds[path] = kind
         self.tree: Tree = _nested(entries)  # every leaf is a string
         self.paths: list[KeyPath] = key_paths(self.tree)  # in flattening order
         self._context = ts.Context()
@@ -207,20 +210,19 @@ def _dtype(name: Any) -> np.dtype:
         return jnp.dtype(getattr(jnp, name))
 
 
-def _nested(entries: Iterable[tuple[KeyPath, tuple[int, ...], bool]]) -> Tree:
-    """Build the tree of the leaves' names: dicts, and lists where the keys are positions."""
+def _nested(entries: Iterable[tuple[KeyPath, tuple[int, ...], Any]]) -> Tree:
+    """Build a tree of key paths, types of keys, and leaves: of dicts, and of lists by position."""
     root: dict = {}
     positions: set[int] = set()  # the ids of those dicts whose keys are positions
-    for path, types, is_leaf in entries:
-        name = "/".join(path) if is_leaf else None
+    for path, types, leaf in entries:
         if not path:
-            return name
+            return leaf
         node = root
         for key, kind in zip(path[:-1], types, strict=False):
             positions |= {id(node)} if kind == _SEQUENCE else set()
             node = node.setdefault(key, {})
         positions |= {id(node)} if types[-1] == _SEQUENCE else set()
-        node[path[-1]] = name
+        node[path[-1]] = leaf
     return _with_lists(root, positions)
 
 

@@ -146,7 +146,9 @@ class Stored:
         self._refuse(
             missing([leaf_name for leaf_name in wanted if leaf_name not in places], known),
             [problem for problem in wrong if problem],
-            [] if places else [f"pass that part, like[{k!r}]" for k in self._above(wanted, name)],
+            []
+            if places
+            else [f"pass that part alone, like[{k!r}]" for k in self._above(wanted, name)],
         )
         averaged = self._averages({n: (places[n], leaf) for n, leaf in there.items()}, forms)
         values = [self._like(averaged[n], leaf, places[n].path) for n, leaf in there.items()]

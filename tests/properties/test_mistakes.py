@@ -335,7 +335,7 @@ ON_DISK = {
     "swapped before it is saved": (
         saved(*SWAPPED),
         "opt_state is swapped already",
-        "Pass the state that training goes on with: save swaps",
+        "Pass the state before emaopt.swap; save calls it",
     ),
     "nothing averaged to save": (
         saved(opt_state=emaopt.adam().init(PARAMS)),
