@@ -122,7 +122,7 @@ def test_ls_in_a_pipe_is_plain_quiet_whole_and_80_wide():
 def test_leaves_are_in_groups_of_one_role(orbax, capsys):
     main(["ls", str(orbax / "adam")])
     groups = [group.splitlines() for group in capsys.readouterr().out.split("\n\n")]
-    assert groups[-1] == [f"26 leaves, 331 bytes: {orbax / 'adam/10'}"]
+    assert groups[-1] == [f"27 leaves, 347 bytes: {orbax / 'adam/10'}"]
     names = {title: [row.split()[0] for row in rows] for title, *rows in groups[:-1]}
     assert names["params: average"] == ["bias", "conv/kernel"]
     assert names["opt_state/1/shadow: raw parameter"] == ["bias", "conv/kernel"]
