@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-from helpers import deviceless, trees
+from helpers import deviceless, train, trees
 from timing import publish, table
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ ROWS = [*(("", name) for name in trees.OPTIMIZERS), ("ResNet-50", "momentum")]
 def facts(target: str, tree: str, name: str, place: str) -> dict:
     tx, params = trees.PLACES[place](trees.OPTIMIZERS[name]), trees.abstract(TREES[tree])
     carry = params, jax.eval_shape(tx.init, params)
-    step = deviceless.compiled(trees.step_of(tx), target, carry, params)
+    step = deviceless.compiled(train.step_of(tx), target, carry, params)
     own = range(len(jax.tree.leaves(carry)))
     return {
         "kernels": step.kernels,

@@ -1,4 +1,4 @@
-"""Parameter trees with the shapes of known networks, and the steps of any parameters."""
+"""Parameter trees with the shapes of known networks."""
 
 import jax
 import jax.numpy as jnp
@@ -95,14 +95,3 @@ def full(shapes, dtype=jnp.float32):
 def nbytes(tree):
     """Of all leaves, also abstract ones."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def step_of(tx):
-    """One step: `(params, opt_state), grads -> (params, opt_state)`."""
-
-    def step(carry, grads):
-        params, opt_state = carry
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    return step

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from compare import bitwise, close
 from flax import nnx
 from flax.training.train_state import TrainState
 from folders import DOCS
@@ -249,23 +250,23 @@ def by_hand(example):
     )
 
 
-def assert_close(got, expected):
-    assert got.keys() == expected.keys()
-    for name, x in expected.items():
-        np.testing.assert_allclose(got[name], x, rtol=0, atol=RTOL * np.max(np.abs(x)))
-
-
 def test_parameters_and_averages_are_those_of_float64(example, by_hand):
     params, opt_state, _ = example.parts(example.run)
-    assert_close(example.arrays(params), by_hand.params)
-    assert_close(example.arrays(emaopt.average(params, opt_state)), by_hand.average)
+    close(example.arrays(params), by_hand.params, rtol=0, atol=0, of_largest=RTOL)
+    close(
+        example.arrays(emaopt.average(params, opt_state)),
+        by_hand.average,
+        rtol=0,
+        atol=0,
+        of_largest=RTOL,
+    )
 
 
 @pytest.mark.parametrize("policy", ["copied", "smooth", "measured"])
 def test_the_averages_are_evaluated_with_statistics_of_each_kind(policy, example, by_hand):
     read = {"copied": example.framework.run} | example.framework._asdict()
     run, statistics = read[policy](example.names), getattr(by_hand, policy)
-    assert_close(example.arrays(example.parts(run)[2]), statistics)
+    close(example.arrays(example.parts(run)[2]), statistics, rtol=0, atol=0, of_largest=RTOL)
 
     if example.framework is FRAMEWORKS["Equinox"] and policy != "measured":
         statistics = {k: v / (1 - 0.9**80) for k, v in statistics.items()}  # as that layer does
@@ -281,12 +282,6 @@ def copy(run):
     return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, run)
 
 
-def assert_bitwise(got, expected):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        a = jnp.asarray(a) if isinstance(a, int) else a
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 def test_evaluation_reads_nothing_of_the_raw_parameters(example):
     params, _, _ = example.parts(example.run)
     others = example.framework.having(example.run, jax.tree.map(jnp.zeros_like, params))
@@ -297,21 +292,21 @@ def test_evaluation_leaves_the_run_and_its_next_step_as_they_are(example):
     one, other = copy(example.run), copy(example.run)
     before = copy(one)
     example.evaluate(one)
-    assert_bitwise(one, before)
-    assert_bitwise(example.step(one), example.step(other))
+    bitwise(one, before)
+    bitwise(example.step(one), example.step(other))
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(example):
     resumed = example.names.resumed
     resumed = (resumed,) if len(example.run) == 1 else tuple(resumed)
-    assert_bitwise(resumed, example.run)
-    assert_bitwise(example.step(copy(resumed)), example.step(copy(example.run)))
+    bitwise(resumed, example.run)
+    bitwise(example.step(copy(resumed)), example.step(copy(example.run)))
 
 
 def test_the_averages_are_read_without_an_optimizer(example):
     params, opt_state, _ = example.parts(example.run)
     got = checkpoint.restore_averages(example.names.run, like=params)
-    assert_bitwise(got, emaopt.average(params, opt_state))
+    bitwise(got, emaopt.average(params, opt_state))
 
 
 def test_a_step_takes_over_the_buffers_and_neither_it_nor_an_evaluation_is_compiled_again(
@@ -378,7 +373,7 @@ def test_weights_that_are_tied_stay_tied_in_the_average_and_when_resumed(tmp_pat
         like = nnx.state(other), nnx.Optimizer(other, TX, wrt=nnx.Param)
         state, resumed, _ = checkpoint.resume(checkpointer, *like)
     nnx.update(other, state)
-    assert_bitwise((nnx.state(other), resumed), (nnx.state(model), optimizer))
+    bitwise((nnx.state(other), resumed), (nnx.state(model), optimizer))
 
 
 # what one would try, and what it says

@@ -9,21 +9,13 @@ import numpy as np
 import optax
 import pytest
 import reference
+from compare import bitwise
 from jax.sharding import NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
+from train import step, train
+from trees import nbytes
 
 import emaopt
-
-
-def assert_bitwise(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
-def nbytes(tree):
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def params_of(dtype=jnp.float32):
@@ -35,20 +27,6 @@ def grads_of(params, steps, seed=0):
         jax.tree.map(lambda p, k=key: jax.random.normal(k, p.shape, p.dtype), params)
         for key in jax.random.split(jax.random.key(seed), steps)
     ]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-@jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
-def step(tx, params, opt_state, grads):
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-
-def run(tx, params, grads, opt_state=None):
-    opt_state = tx.init(params) if opt_state is None else opt_state
-    for g in grads:
-        params, opt_state = step(tx, params, opt_state, g)
-    return params, opt_state
 
 
 def the_average(opt_state):
@@ -81,7 +59,7 @@ def test_G1_the_average_is_of_the_parameters_that_the_update_leads_to(dtype):
     for grads in grads_of(params, 5):
         params, opt_state = step(copies, params, opt_state, grads)
         shadow = the_average(opt_state).shadow
-        assert_bitwise(shadow, jax.tree.map(lambda p: p.astype(jnp.float32), params))
+        bitwise(shadow, jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
 
 # G2: it ticks if and only if the weights stepped
@@ -131,7 +109,7 @@ def test_G3_the_average_of_a_constant_is_bitwise_that_constant(name, dtype):
     many = jax.jit(
         lambda state: jax.lax.fori_loop(0, 50, lambda _, s: mean.update(values, s), state)
     )
-    assert_bitwise(many(mean.init(values)).shadow, values)
+    bitwise(many(mean.init(values)).shadow, values)
 
 
 @pytest.mark.parametrize("name", DECAYS)
@@ -149,8 +127,8 @@ def test_G3_parameters_and_state_can_be_donated_together():
     tx = optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(0.9))
     donated = jax.jit(functools.partial(step.__wrapped__, tx), donate_argnums=(0, 1))
     params = params_of()
-    expected = run(tx, params_of(), [params_of()])
-    assert_bitwise(donated(params, tx.init(params), params_of()), expected)
+    expected = train(tx, params_of(), [params_of()])
+    bitwise(donated(params, tx.init(params), params_of()), expected)
     assert params["w"].is_deleted()
 
 
@@ -182,8 +160,8 @@ def test_G4_each_leaf_is_kept_in_the_form_that_suits_it():
     newer = params | {"int": jnp.int32(10), "bool": jnp.bool_(False), "key": jax.random.key(7)}
     shadow = tx.update(still, tx.init(params), newer)[1].shadow
     for name in ("bf16", "f16", "f32"):
-        assert_bitwise(shadow[name], jnp.ones(2, jnp.float32))
-    assert_bitwise((shadow["int"], shadow["bool"]), (newer["int"], newer["bool"]))
+        bitwise(shadow[name], jnp.ones(2, jnp.float32))
+    bitwise((shadow["int"], shadow["bool"]), (newer["int"], newer["bool"]))
     assert shadow["key"] == newer["key"]
     assert shadow["none"] is None
     assert shadow["masked"] == optax.MaskedNode()
@@ -229,22 +207,22 @@ def test_G6_a_resumed_run_is_bitwise_the_uninterrupted_one(dtype, stop, masked, 
     tx = optax.chain(emaopt.clip_by_global_norm(1.0), emaopt.adam(0.1), mean)
     params = params_of(dtype)
     grads = grads_of(params, 10)
-    uninterrupted = run(tx, params, grads)
+    uninterrupted = train(tx, params, grads)
 
-    stopped = run(tx, params, grads[:stop])
+    stopped = train(tx, params, grads[:stop])
     save(tmp_path / "checkpoint", *stopped)
     fresh = params_of(dtype)
     resumed = restore(tmp_path / "checkpoint", fresh, tx.init(fresh))
-    assert_bitwise(resumed, stopped)
-    assert_bitwise(run(tx, resumed[0], grads[stop:], resumed[1]), uninterrupted)
+    bitwise(resumed, stopped)
+    bitwise(train(tx, resumed[0], grads[stop:], resumed[1]), uninterrupted)
 
 
 def test_G6_under_the_original_names_stand_the_averages(tmp_path):
     tx = optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(0.9))
-    params, opt_state = run(tx, params_of(), grads_of(params_of(), 3))
+    params, opt_state = train(tx, params_of(), grads_of(params_of(), 3))
     save(tmp_path / "checkpoint", params, opt_state)
     plain = ocp.load(tmp_path / "checkpoint", params, checkpointable_name="params")
-    assert_bitwise(plain, emaopt.average(params, opt_state))
+    bitwise(plain, emaopt.average(params, opt_state))
 
 
 @pytest.mark.filterwarnings("ignore:.*never awaited:pytest.PytestUnraisableExceptionWarning")
@@ -284,10 +262,10 @@ def test_G7_a_step_that_is_not_finite_leaves_no_trace(bad, clip):
     params = params_of()
     good = grads_of(params, 4)
     poison = good[0] | {"b": jnp.full(1, bad)}
-    params_, opt_state = run(tx, params, [*good[:2], poison, *good[2:]])
-    expected, expected_state = run(tx, params, good)
-    assert_bitwise(params_, expected)
-    assert_bitwise(the_average(opt_state), the_average(expected_state))
+    params_, opt_state = train(tx, params, [*good[:2], poison, *good[2:]])
+    expected, expected_state = train(tx, params, good)
+    bitwise(params_, expected)
+    bitwise(the_average(opt_state), the_average(expected_state))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(the_average(opt_state).shadow))
 
 
@@ -348,9 +326,9 @@ def test_G9_an_average_that_is_off_costs_no_bytes():
 def test_G10_an_evaluation_that_fails_changes_nothing():
     tx = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(0.9))
     grads = grads_of(params_of(), 6)
-    expected = run(tx, params_of(), grads)
+    expected = train(tx, params_of(), grads)
 
-    params, opt_state = run(tx, params_of(), grads[:3])
+    params, opt_state = train(tx, params_of(), grads[:3])
     before = jax.tree.map(np.array, (params, opt_state))
 
     def evaluate(params, opt_state):
@@ -360,15 +338,15 @@ def test_G10_an_evaluation_that_fails_changes_nothing():
 
     with pytest.raises(FloatingPointError):
         evaluate(params, opt_state)
-    assert_bitwise((params, opt_state), before)
-    assert_bitwise(run(tx, params, grads[3:], opt_state), expected)
+    bitwise((params, opt_state), before)
+    bitwise(train(tx, params, grads[3:], opt_state), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_G10_swapping_twice_gives_the_same_bits(dtype):
     tx = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(0.9))
-    state = run(tx, params_of(dtype), grads_of(params_of(dtype), 5))
-    assert_bitwise(emaopt.swap(*emaopt.swap(*state)), state)
+    state = train(tx, params_of(dtype), grads_of(params_of(dtype), 5))
+    bitwise(emaopt.swap(*emaopt.swap(*state)), state)
 
 
 # What went wrong elsewhere
@@ -379,7 +357,7 @@ def test_accumulated_gradients_do_not_count_twice():
     chain = optax.chain(emaopt.gradient_descent(1.0), emaopt.ema(0.9))
     ones = [{"w": jnp.full(1, -1.0)}] * 16
     inside = optax.MultiSteps(chain, 4).gradient_transformation()
-    _, opt_state = run(inside, params, ones)
+    _, opt_state = train(inside, params, ones)
     shadow = the_average(opt_state).shadow["w"]
     np.testing.assert_allclose(
         shadow, reference.theta_bar(reference.constant(0.9), [0.0, 1.0, 2.0, 3.0, 4.0])[-1], 1e-6
@@ -388,7 +366,7 @@ def test_accumulated_gradients_do_not_count_twice():
     outside = optax.chain(
         optax.MultiSteps(emaopt.gradient_descent(1.0), 4).gradient_transformation(), emaopt.ema(0.9)
     )
-    _, opt_state = run(outside, params, ones)
+    _, opt_state = train(outside, params, ones)
     assert the_average(opt_state).step == 16
     assert the_average(opt_state).shadow["w"] > 1.5 * shadow
 
@@ -398,7 +376,9 @@ def test_outside_apply_if_finite_the_average_ticks_on_a_skipped_step():
     inside = optax.apply_if_finite(optax.chain(*links), 3)
     outside = optax.chain(optax.apply_if_finite(links[0], 3), links[1])
     nan = [{"w": jnp.full(1, jnp.nan)}]
-    ticks = [int(the_average(run(tx, {"w": jnp.ones(1)}, nan)[1]).step) for tx in (inside, outside)]
+    ticks = [
+        int(the_average(train(tx, {"w": jnp.ones(1)}, nan)[1]).step) for tx in (inside, outside)
+    ]
     assert ticks == [0, 1]
 
 
@@ -414,13 +394,13 @@ def test_the_average_of_bfloat16_parameters_moves_at_decay_999():
 
 
 def test_a_run_resumed_without_averages_does_not_start_them_at_zero():
-    trained, _ = run(emaopt.gradient_descent(0.1), params_of(), grads_of(params_of(), 3))
-    assert_bitwise(emaopt.average(trained, emaopt.ema(0.99).init(trained)), trained)
+    trained, _ = train(emaopt.gradient_descent(0.1), params_of(), grads_of(params_of(), 3))
+    bitwise(emaopt.average(trained, emaopt.ema(0.99).init(trained)), trained)
 
 
 def test_a_state_made_under_jit_is_the_eager_one():
     tx = optax.chain(emaopt.adam(0.1), emaopt.ema(0.9))
-    assert_bitwise(jax.jit(tx.init)(params_of()), tx.init(params_of()))
+    bitwise(jax.jit(tx.init)(params_of()), tx.init(params_of()))
 
 
 def test_before_the_chain_ema_averages_the_wrong_point():
@@ -429,7 +409,7 @@ def test_before_the_chain_ema_averages_the_wrong_point():
     last = optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(0.5))
     first = optax.chain(emaopt.ema(0.5), emaopt.gradient_descent(0.1))
     averages = [
-        float(the_average(run(tx, params, gradients)[1]).shadow["w"][0]) for tx in (last, first)
+        float(the_average(train(tx, params, gradients)[1]).shadow["w"][0]) for tx in (last, first)
     ]
     np.testing.assert_allclose(averages, [0.95, 1.5], rtol=1e-6)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import bitwise
 from flax import nnx
 from folders import TESTS
 from orbax.checkpoint import v1 as ocp
@@ -138,11 +139,6 @@ def test_whoever_is_said_to_hold_it_is_there():
         assert f"def {test}(" in files[file].read_text(), test
 
 
-def assert_bitwise(got, expected):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 # Keras: average * mask + parameter * (1 - mask) is NaN on either side of the mask
 
 
@@ -175,7 +171,7 @@ def test_a_run_that_is_not_finite_is_saved_and_its_averages_are_the_last_good_on
     with ocp.training.Checkpointer(tmp_path) as checkpointer:
         assert checkpoint.save(checkpointer, 2, params, opt_state)
         resumed = checkpoint.resume(checkpointer, params, opt_state)[:2]
-    assert_bitwise(resumed, (params, opt_state))
+    bitwise(resumed, (params, opt_state))
     averages = checkpoint.restore_averages(tmp_path, params)
     np.testing.assert_array_equal(averages["w"], [3.0, 7.0])
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 import sharded
+from compare import bitwise, close
 from folders import BENCHMARKS
 from jax.sharding import AxisType
 from orbax.checkpoint import v1 as ocp
@@ -52,21 +53,9 @@ def alone():
     return sharded.trained()
 
 
-def assert_close(got, want):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
 def assert_at(tree, shardings):
     for x, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
-
-
-def assert_same(got, want):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert np.array_equal(a, b)
 
 
 @each_mesh
@@ -76,7 +65,7 @@ def test_training_on_a_mesh_is_training_on_one_device(name, kind):
     for _ in range(sharded.STEPS):
         params, opt_state, value = compiled(name, kind)(params, opt_state, *batch)
         value.block_until_ready()  # programs under way at once may starve each other of threads
-    assert_close((params, opt_state), alone())
+    close((params, opt_state), alone(), rtol=1e-5, atol=1e-6)
     assert_at((params, opt_state), places)
     (average,) = emaopt.averages(opt_state).values()
     for like_params in (average.shadow, emaopt.slot(opt_state, "momentum")):
@@ -128,7 +117,9 @@ def test_two_processes_train_what_one_does(tmp_path):
     want = {"params": params, "average": average, "swapped": average, "swapped back": params}
     for each in found:
         for name, tree in want.items():
-            assert_close([each[f"{name}/{i}"] for i in range(5)], jax.tree.leaves(tree))
+            close(
+                [each[f"{name}/{i}"] for i in range(5)], jax.tree.leaves(tree), rtol=1e-5, atol=1e-6
+            )
         assert all(np.array_equal(each[f"params/{i}"], each[f"swapped back/{i}"]) for i in range(5))
     assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -164,11 +155,11 @@ def test_an_average_on_the_host_stays_there_and_is_the_same(name):
     for t in (10, 20):
         params = grown(params)
         here, there = on_devices(params, here, t), on_host(params, there, t)
-    assert_same(there, here)
+    bitwise(there, here)
     assert_at(there, places)
     assert memory_kinds((there.shadow, there.residue)) == {"pinned_host"}
     assert memory_kinds((there.step, there.ledger, emaopt.average(params, there))) == {"device"}
-    assert_same(emaopt.average(params, there), emaopt.average(params, here))
+    bitwise(emaopt.average(params, there), emaopt.average(params, here))
     assert on_host._cache_size() == 1
 
 
@@ -196,7 +187,7 @@ def test_every_k_steps_is_what_the_chain_would_average():
         if step % k == 0:
             average = update(params, average, step)
     assert update._cache_size() == 1
-    assert_close(average.shadow, opt_state[-1].shadow)
+    close(average.shadow, opt_state[-1].shadow, rtol=1e-5, atol=1e-6)
     kept = 0.5 ** (k / 3)  # of a decay d over k updates: d**k
     want = weights[0]
     for taken in weights[k::k]:
@@ -218,7 +209,7 @@ def test_a_chain_whose_average_is_on_the_host(average):
     there = params, emaopt.on_host(here[1])
     for _ in range(2):
         here, there = step(*here), step(*there)
-    assert_same(there, here)
+    bitwise(there, here)
     (state,) = emaopt.averages(there[1]).values()
     assert state.shadow["w"].sharding.memory_kind == "pinned_host"
     assert memory_kinds(there[0]) == {"device"}
@@ -236,7 +227,7 @@ def test_what_is_on_the_host_is_saved_and_resumed_on_another_mesh(tmp_path):
         saved = jax.tree.map(lambda x: x * jnp.asarray(2, x.dtype), saved[0]), saved[1]
         checkpoint.save(checkpointer, 1, *saved)
         *got, _ = checkpoint.resume(checkpointer, *like)
-    assert_same(got, saved)
+    bitwise(got, saved)
     assert_at(got, jax.tree.map(lambda x: x.sharding, list(like)))
     assert memory_kinds(got[1][-1].shadow) == {"pinned_host"}
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import bitwise
 from flax.linen import Partitioned
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
@@ -54,22 +55,15 @@ def trained(dtype="float32"):
     return run(SEVERAL, params_of(dtype))
 
 
-def assert_bitwise(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
 @pytest.mark.parametrize("name", DECAYS)
 def test_each_average_is_the_one_that_it_is_alone(name):
     params, opt_state = trained()
     alone = optax.chain(optax.sgd(0.1, 0.9), emaopt.ema(DECAYS[name]))
     wanted, alone_state = run(alone, params_of())
-    assert_bitwise(params, wanted)
+    bitwise(params, wanted)
     average, whole = emaopt.average(params, opt_state, name), alone_state[-1].shadow
     for leaf in params:
-        assert_bitwise(average[leaf], whole[leaf] if leaf in OF[name] else params[leaf])
+        bitwise(average[leaf], whole[leaf] if leaf in OF[name] else params[leaf])
 
 
 def test_leaves_that_an_average_does_not_have_cost_no_memory():
@@ -88,9 +82,9 @@ def test_decays_by_pattern_make_up_one_average():
     params, opt_state = run(tx, params_of())
     average = emaopt.average(params, opt_state)
     each = {name: emaopt.average(*trained(), name) for name in ("fast", "slow")}
-    assert_bitwise(average["embedding"], each["slow"]["embedding"])
-    assert_bitwise(average["kernel"], each["fast"]["kernel"])
-    assert_bitwise(average["bias"], params["bias"])
+    bitwise(average["embedding"], each["slow"]["embedding"])
+    bitwise(average["kernel"], each["fast"]["kernel"])
+    bitwise(average["bias"], params["bias"])
 
 
 @pytest.mark.parametrize("names", [None, ["mean", "fast"], ("slow", "slow")])
@@ -99,9 +93,7 @@ def test_stacked_puts_one_average_after_the_other(names, dtype):
     params, opt_state = trained(dtype)
     got = emaopt.stacked(params, opt_state, names)
     for i, name in enumerate(names or DECAYS):
-        assert_bitwise(
-            jax.tree.map(lambda x, i=i: x[i], got), emaopt.average(*trained(dtype), name)
-        )
+        bitwise(jax.tree.map(lambda x, i=i: x[i], got), emaopt.average(*trained(dtype), name))
     assert {x.shape[0] for x in jax.tree.leaves(got)} == {len(names or DECAYS)}
 
 
@@ -179,8 +171,8 @@ def test_two_networks_in_one_checkpoint(tmp_path, name):
         assert checkpoint.save(checkpointer, 1, params, opt_state, name=name)
         like = {key: tx.init(network(0.0)) for key in params}
         resumed = checkpoint.resume(checkpointer, jax.tree.map(jnp.zeros_like, params), like)
-    assert_bitwise(resumed[:2], (params, opt_state))
-    assert_bitwise(checkpoint.restore_averages(tmp_path, params, name=name), averaged)
+    bitwise(resumed[:2], (params, opt_state))
+    bitwise(checkpoint.restore_averages(tmp_path, params, name=name), averaged)
     of_gen = {None: "gen", "fast": "gen/fast"}.get(name, name)
     part = checkpoint.restore_averages(tmp_path, params["gen"], name=of_gen)
-    assert_bitwise(part, averaged["gen"])
+    bitwise(part, averaged["gen"])

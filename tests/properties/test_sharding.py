@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from sharded import collectives
-from trees import OPTIMIZERS, step_of
+from train import step_of
+from trees import OPTIMIZERS
 
 import emaopt
 

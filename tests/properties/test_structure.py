@@ -14,7 +14,8 @@ import optax
 import pytest
 import trees
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from trees import OPTIMIZERS, PLACES, step_of
+from train import step_of
+from trees import OPTIMIZERS, PLACES
 
 import emaopt
 

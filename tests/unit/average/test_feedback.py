@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import train
+from compare import bitwise
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
@@ -26,28 +28,8 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-@jax.numpy_dtype_promotion("standard")  # optax.MultiSteps and optax.lookahead mix dtypes
-def step(tx, params, opt_state, grads):
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-
 def run(tx, params=PARAMS, grads=GRADS, opt_state=None):
-    """The parameters and the state after each update."""
-    opt_state = tx.init(params) if opt_state is None else opt_state
-    history = []
-    for g in grads:
-        params, opt_state = step(tx, params, opt_state, g)
-        history.append((params, opt_state))
-    return history
-
-
-def assert_bitwise(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    return train.history(tx, params, grads, opt_state)
 
 
 def chain(n, average, **options):
@@ -72,7 +54,7 @@ HALF, BRAIN, SINGLE = "float16", "bfloat16", "float32"
     ("dtype", "updates"),
     [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, SINGLE), (SINGLE, BRAIN)],
 )
-@pytest.mark.parametrize("take", [step, step.__wrapped__], ids=["jit", "op_by_op"])
+@pytest.mark.parametrize("take", [train.step, train.step.__wrapped__], ids=["jit", "op_by_op"])
 def test_an_average_is_met_to_one_rounding_of_its_difference_and_exactly_nearby(
     dtype, updates, take
 ):
@@ -100,9 +82,9 @@ def test_the_average_and_the_optimizer_see_the_step_as_it_was():
     fed, plain = chain(4, emaopt.ema(0.9)), optax.chain(optax.sgd(0.1, 0.9), emaopt.ema(0.9))
     one, other = run(fed), run(plain)
     for a, b in zip(one[:3], other[:3], strict=True):
-        assert_bitwise(a, b)
-    assert_bitwise(one[3][1], other[3][1])
-    assert_bitwise(one[3][0], emaopt.average(*other[3]))
+        bitwise(a, b)
+    bitwise(one[3][1], other[3][1])
+    bitwise(one[3][0], emaopt.average(*other[3]))
     assert not np.array_equal(one[3][0]["w"], other[3][0]["w"])
 
 
@@ -143,8 +125,8 @@ def test_leaves_without_an_average_keep_their_update():
     masked = optax.masked(emaopt.ema(0.5), emaopt.matching("w"))
     fed, plain = run(chain(2, masked)), run(optax.sgd(0.1, 0.9))
     for t in range(12):
-        assert_bitwise(fed[t][0]["b"], plain[t][0]["b"])
-    assert_bitwise(fed[1][0]["w"], fed[1][1][-1].inner_state.shadow["w"])
+        bitwise(fed[t][0]["b"], plain[t][0]["b"])
+    bitwise(fed[1][0]["w"], fed[1][1][-1].inner_state.shadow["w"])
 
 
 def test_leaves_that_are_not_trained_stay():
@@ -192,12 +174,12 @@ def test_only_steps_that_were_made_count(wrap, grads, made):
         ):
             np.testing.assert_allclose(a, b, rtol=1e-6)
     for i in set(range(len(grads))) - set(range(len(grads))[made]) - {0}:
-        assert_bitwise(history[i][0], history[i - 1][0])
+        bitwise(history[i][0], history[i - 1][0])
 
 
 def test_the_state_is_that_of_the_average():
     inner = optax.masked(emaopt.ema(0.9), {"w": True, "b": False})
-    assert_bitwise(emaopt.overwrite(5, inner).init(PARAMS), inner.init(PARAMS))
+    bitwise(emaopt.overwrite(5, inner).init(PARAMS), inner.init(PARAMS))
 
 
 def test_of_several_averages_one_is_fed_back_by_name():
@@ -205,14 +187,14 @@ def test_of_several_averages_one_is_fed_back_by_name():
     params, opt_state = run(chain(2, both, name="slow"))[1]
     averages = emaopt.averages(opt_state)
     assert list(averages) == ["1/fast", "1/slow"]
-    assert_bitwise(params, averages["1/slow"].shadow)
+    bitwise(params, averages["1/slow"].shadow)
 
 
 def test_averages_of_different_leaves_are_fed_back_together():
     labels = {"w": "long", "b": "short"}
     both = optax.partition({"long": emaopt.ema(0.9), "short": emaopt.ema(0.5)}, labels)
     params, opt_state = run(chain(2, both))[1]
-    assert_bitwise(params, emaopt.average(params, opt_state))
+    bitwise(params, emaopt.average(params, opt_state))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +223,7 @@ def test_the_parameters_of_an_nnx_model_are_overwritten():
     for _ in range(2):
         optimizer.update(model, nnx.grad(loss)(model))
     params = nnx.state(model, nnx.Param)
-    assert_bitwise(params, emaopt.average(params, optimizer.opt_state))
+    bitwise(params, emaopt.average(params, optimizer.opt_state))
 
 
 @pytest.mark.slow
@@ -249,15 +231,15 @@ def test_it_can_be_donated_and_scanned():
     tx = chain(3, emaopt.ema(emaopt.warmup(0.9)))
     expected = run(tx)[-1]
     copy = functools.partial(jax.tree.map, jnp.copy)
-    donated = jax.jit(step.__wrapped__, static_argnums=0, donate_argnums=(1, 2))
+    donated = jax.jit(train.step.__wrapped__, static_argnums=0, donate_argnums=(1, 2))
     params = copy(PARAMS)
     opt_state = tx.init(params)
     for grads in GRADS:
         old, (params, opt_state) = params, donated(tx, params, opt_state, grads)
         assert old["w"].is_deleted()
-    assert_bitwise((params, opt_state), expected)
+    bitwise((params, opt_state), expected)
     many = jax.tree.map(lambda *x: jnp.stack(x), *GRADS)
-    scan = lambda carry, grads: (step.__wrapped__(tx, *carry, grads), None)
+    scan = lambda carry, grads: (train.step.__wrapped__(tx, *carry, grads), None)
     carry, _ = jax.jit(lambda carry: jax.lax.scan(scan, carry, many))((PARAMS, tx.init(PARAMS)))
     for a, b in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
@@ -274,8 +256,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(stop, dtype, tmp_path):
     with ocp.training.Checkpointer(tmp_path) as checkpointer:
         checkpoint.save(checkpointer, stop, *history[stop - 1])
         resumed = checkpoint.resume(checkpointer, params, tx.init(params))[:2]
-    assert_bitwise(tuple(resumed), history[stop - 1])
-    assert_bitwise(run(tx, resumed[0], grads[stop:], resumed[1])[-1], history[-1])
+    bitwise(tuple(resumed), history[stop - 1])
+    bitwise(run(tx, resumed[0], grads[stop:], resumed[1])[-1], history[-1])
 
 
 @pytest.mark.slow
@@ -284,12 +266,12 @@ def test_feeding_back_is_local_to_every_device():
     params = jax.device_put(jnp.linspace(1.0, 2.0, 16), sharding)
     tx = chain(2, emaopt.ema(0.5))
     opt_state = tx.init(params)
-    compiled = step.lower(tx, params, opt_state, params).compile()
+    compiled = train.step.lower(tx, params, opt_state, params).compile()
     assert not any(word in compiled.as_text() for word in ("all-", "collective", "scatter"))
     expected = run(tx, jnp.linspace(1.0, 2.0, 16), [jnp.linspace(1.0, 2.0, 16)] * 2)[-1]
     got = run(tx, params, [params] * 2)[-1]
     assert got[0].sharding.is_equivalent_to(sharding, 1)
-    assert_bitwise(got, expected)
+    bitwise(got, expected)
 
 
 @pytest.mark.parametrize(
@@ -392,12 +374,12 @@ def test_a_strength_moves_the_parameters_part_of_the_way():
     raw, _ = run(optax.chain(optax.sgd(0.1, 0.9), emaopt.ema(0.5)))[2]
     for k, x in history[2][0].items():
         np.testing.assert_allclose(x, raw[k] + 0.25 * (averaged[k] - raw[k]), rtol=1e-6)
-    assert_bitwise(history[2][1], plain[2][1])
-    assert_bitwise(theta, averaged)
+    bitwise(history[2][1], plain[2][1])
+    bitwise(theta, averaged)
     zero = run(chain(3, emaopt.ema(0.5), strength=lambda step: jnp.where(step < 3, 0.0, 1.0)))
     for k, x in zero[2][0].items():
         np.testing.assert_allclose(x, raw[k], rtol=1e-6)
-    assert_bitwise(zero[5][0], emaopt.average(*zero[5]))
+    bitwise(zero[5][0], emaopt.average(*zero[5]))
 
 
 def test_an_outer_step_of_a_compensated_average_loses_nothing_to_rounding():

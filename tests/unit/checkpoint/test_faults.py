@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 import trainer
+from compare import bitwise
 from orbax.checkpoint import v1 as ocp
 from trainer import environment
 
@@ -33,11 +34,6 @@ TRAINER = [sys.executable, trainer.__file__]
 
 def single_device():
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def assert_bitwise(got, want):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
 # ---- digests ------------------------------------------------------------------------------------
@@ -217,7 +213,7 @@ def outcome(path):
         got = load(path)
     except (ValueError, FileNotFoundError) as error:
         return str(error)
-    assert_bitwise(got, WANT)
+    bitwise(got, WANT)
     return None
 
 
@@ -325,7 +321,7 @@ def test_without_digests_a_checkpoint_loads_unverified(tmp_path):
         checkpoint.save(checkpointer, 1, PARAMS, TX.init(PARAMS), digest=False)
         assert not (tmp_path / "1" / "digests").exists()
         params, *_ = checkpoint.resume(checkpointer, PARAMS, TX.init(PARAMS))
-    assert_bitwise(params, PARAMS)
+    bitwise(params, PARAMS)
 
 
 # ---- kill -9 ------------------------------------------------------------------------------------
@@ -338,7 +334,7 @@ def check_newest(path):
         if checkpointer.latest is None:
             return 0
         *state, rest = checkpoint.resume(checkpointer, *like, step_=0)
-    assert_bitwise(tuple(state), trainer.state_after(rest["step_"], single_device()))
+    bitwise(tuple(state), trainer.state_after(rest["step_"], single_device()))
     return rest["step_"]
 
 
@@ -375,7 +371,7 @@ def test_watch_beside_a_trainer_that_deletes_old_steps(tmp_path):
     ):
         for step, averaged in checkpoint.watch(tmp_path / "run", like, interval=0.02, timeout=60):
             state = trainer.state_after(step, single_device())
-            assert_bitwise(averaged, emaopt.average(*state))
+            bitwise(averaged, emaopt.average(*state))
             seen.append(step)
             if step == 12:
                 break

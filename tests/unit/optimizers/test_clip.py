@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import equal
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -36,11 +37,6 @@ def clipped(tx, updates, **extra):
     return new
 
 
-def assert_trees_equal(got, expected):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
 @pytest.mark.parametrize(
     ("tx", "expected"),
     [
@@ -64,14 +60,12 @@ def test_a_345_triangle(tx, expected):
 def test_only_the_global_norm_is_of_all_leaves():
     updates = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
     assert global_norm(updates) == 5
-    assert_trees_equal(
+    equal(
         clipped(clip_by_global_norm(2.5), updates),
         {"a": np.array([1.5, 0.0]), "b": np.array([[2.0]])},
     )
-    assert_trees_equal(
-        clipped(clip_by_norm(2.0), updates), {"a": np.array([2.0, 0.0]), "b": np.array([[2.0]])}
-    )
-    assert_trees_equal(
+    equal(clipped(clip_by_norm(2.0), updates), {"a": np.array([2.0, 0.0]), "b": np.array([[2.0]])})
+    equal(
         clipped(clip_by_average_norm(1.0), updates),
         {"a": np.array([2.0, 0.0]), "b": np.array([[1.0]])},
     )
@@ -108,7 +102,7 @@ def test_axes_clip_every_slice_by_itself(axes):
 def test_bounds_are_scalars_or_trees_or_not_set(low, high, expected):
     updates = {"a": jnp.array([-3.0, 5.0]), "b": jnp.array([[7.0]])}
     got = clipped(clip_by_value(low, high), updates)
-    assert_trees_equal(got, {"a": np.array(expected[0]), "b": np.array(expected[1])})
+    equal(got, {"a": np.array(expected[0]), "b": np.array(expected[1])})
 
 
 def test_bounds_of_lower_rank_broadcast_to_the_leaf():

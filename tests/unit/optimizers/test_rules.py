@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import bitwise, close
 from jax.sharding import NamedSharding, PartitionSpec
+from train import train
 
 import emaopt
 from emaopt import OptimizerState
@@ -169,22 +171,6 @@ def make(name, **hyper):
     return factory(**(defaults | hyper))
 
 
-def train(tx, params=PARAMS, grads=GRADS):
-    state, update = tx.init(params), jax.jit(tx.update)
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
-
-
-def assert_equal(got, expected):
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
-def assert_close(got, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), got, expected)
-
-
 def dtypes(tree):
     return {x.dtype.name for x in jax.tree.leaves(tree)}
 
@@ -203,7 +189,7 @@ def test_arguments_and_defaults_are_tf1s(name):
 @each_optimizer
 def test_the_update_is_that_of_the_slow_sibling(name):
     _, hyper, slots, slow = OPTIMIZERS[name]
-    params, state = train(make(name))
+    params, state = train(make(name), PARAMS, GRADS)
     for leaf in PARAMS:
         p = np.asarray(PARAMS[leaf], np.float64)
         rows = [np.full_like(p, start) for start in slots.values()]
@@ -225,7 +211,7 @@ def test_slots_start_as_in_tf1_in_float32_or_wider(name, dtype, x64):
     assert list(state.slots) == list(slots)
     for slot, start in slots.items():
         expected = jax.tree.map(lambda p, start=start: np.full(p.shape, start, wide), params)
-        assert_equal(state.slots[slot], expected)
+        bitwise(state.slots[slot], expected)
         assert dtypes(state.slots[slot]) == {wide}
     assert (state.step, state.step.dtype, state.step.shape) == (0, jnp.int32, ())
     assert list(state.powers) == (["beta1_power", "beta2_power"] if name == "adam" else [])
@@ -240,8 +226,8 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     updates, state = tx.update(grads, tx.init(params), params)
     wide = cast(params, jnp.float32)
     expected, expected_state = tx.update(cast(grads, jnp.float32), tx.init(wide), wide)
-    assert_equal(state, expected_state)
-    assert_equal(updates, cast(expected, dtype))
+    bitwise(state, expected_state)
+    bitwise(updates, cast(expected, dtype))
     assert dtypes(updates) == {jnp.dtype(dtype).name}
 
 
@@ -264,14 +250,14 @@ def test_float64_stays_float64(name, x64):
 @each_optimizer
 def test_an_absent_gradient_leaves_its_slots(name):
     tx = make(name)
-    _, state = train(tx)
+    _, state = train(tx, PARAMS, GRADS)
     update = jax.jit(tx.update)
     updates, after = update({"b": None, "w": GRADS[0]["w"]}, state, PARAMS)
     expected, expected_after = update(GRADS[0], state, PARAMS)
     assert updates["b"] is None
     np.testing.assert_array_equal(updates["w"], expected["w"])
     assert after.step == state.step + 1
-    assert_equal(after.powers, expected_after.powers)
+    bitwise(after.powers, expected_after.powers)
     for slot in state.slots:
         np.testing.assert_array_equal(after.slots[slot]["b"], state.slots[slot]["b"])
         np.testing.assert_array_equal(after.slots[slot]["w"], expected_after.slots[slot]["w"])
@@ -287,7 +273,7 @@ def test_an_absent_parameter_has_no_slots(name):
     updates, after = tx.update(grads, state, params)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     expected, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
-    assert_equal({k: updates[k] for k in PARAMS}, expected)
+    bitwise({k: updates[k] for k in PARAMS}, expected)
 
 
 @each_optimizer
@@ -306,7 +292,7 @@ def test_parameters_are_needed_by_ftrl_only(name):
             tx.update(GRADS[0], tx.init(PARAMS))
     else:
         got = tx.update(GRADS[0], tx.init(PARAMS))
-        assert_equal(got, tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=1.0))
+        bitwise(got, tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=1.0))
 
 
 @each_optimizer
@@ -317,7 +303,7 @@ def test_a_schedule_is_the_number_at_the_updates_before_this_one(name):
     for rate, g in zip(rates, GRADS, strict=True):
         updates, expected_state = make(name, learning_rate=rate).update(g, state, params)
         got, state = scheduled.update(g, state, params)
-        assert_equal((got, state), (updates, expected_state))
+        bitwise((got, state), (updates, expected_state))
         params = optax.apply_updates(params, updates)
 
 
@@ -327,8 +313,8 @@ def test_every_hyperparameter_can_be_changed_in_the_state_without_compiling_agai
     factory, hyper, _, _ = OPTIMIZERS[name]
     tx = optax.inject_hyperparams(factory)(**hyper)
     update = jax.jit(tx.update)
-    _, state = train(tx)
-    assert_equal(state.inner_state, train(factory(**hyper))[1])
+    _, state = train(tx, PARAMS, GRADS)
+    bitwise(state.inner_state, train(factory(**hyper), PARAMS, GRADS)[1])
     numbers = {k for k, v in hyper.items() if not isinstance(v, bool)}
     assert set(state.hyperparams) == numbers
     for number in numbers:
@@ -336,14 +322,14 @@ def test_every_hyperparameter_can_be_changed_in_the_state_without_compiling_agai
         got, after = update(GRADS[0], state._replace(hyperparams=other), PARAMS)
         plain = factory(**(hyper | {number: float(other[number])}))
         expected = jax.jit(plain.update)(GRADS[0], state.inner_state, PARAMS)
-        assert_close((got, after.inner_state), expected)
+        close((got, after.inner_state), expected, rtol=2e-6)
     assert update._cache_size() == 1
 
 
 @each_optimizer
 def test_the_step_counts_and_does_not_overflow(name):
     tx = make(name)
-    _, state = train(tx)
+    _, state = train(tx, PARAMS, GRADS)
     assert state.step == len(GRADS)
     last = np.iinfo(np.int32).max
     _, state = tx.update(GRADS[0], state._replace(step=jnp.int32(last)), PARAMS)
@@ -367,7 +353,7 @@ def test_a_traced_learning_rate_power_is_the_same_rule(power):
         return tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
 
     traced, concrete = jax.jit(update)(power), jax.jit(lambda: update(power))()
-    assert_close(traced, concrete)
+    close(traced, concrete, rtol=2e-6)
 
 
 def ftrl_step(grad, start, **hyper):
@@ -463,7 +449,7 @@ def test_a_complex_gradient_of_a_real_parameter_is_refused():
 @each_optimizer
 def test_init_takes_abstract_parameters_and_makes_real_slots(name):
     abstract = jax.eval_shape(lambda: cast(PARAMS, jnp.bfloat16))
-    assert_equal(make(name).init(abstract), make(name).init(cast(PARAMS, jnp.bfloat16)))
+    bitwise(make(name).init(abstract), make(name).init(cast(PARAMS, jnp.bfloat16)))
 
 
 def test_abstract_parameters_keep_their_sharding():
@@ -505,7 +491,7 @@ def test_shares_of_16_bits_are_refused_and_the_fix_works(name, dtype):
         factory(**(hyper | {share: dtype(0.5)}))
     tx = optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32)(**hyper)
     updates, _ = tx.update(grads, tx.init(params), params)
-    assert_equal(updates, factory(**hyper).update(grads, factory(**hyper).init(params), params)[0])
+    bitwise(updates, factory(**hyper).update(grads, factory(**hyper).init(params), params)[0])
 
 
 @each_optimizer

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import equal
 
 import emaopt
 from emaopt import apply_gradients, compute_gradients, matching, minimize
@@ -29,16 +30,10 @@ def loss(params, x=1.0):
     return x * (jnp.sum(params["conv"]["kernel"] ** 2) + params["conv"]["bias"][0] ** 2)
 
 
-def assert_equal(got, expected):
-    absent = lambda x: x is None
-    assert jax.tree.structure(got, is_leaf=absent) == jax.tree.structure(expected, is_leaf=absent)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
 def test_gradients_are_those_of_jax_where_there_can_be_one():
     value, grads = compute_gradients(loss, PARAMS, 10.0)
     assert value == 52.5
-    assert_equal(
+    equal(
         grads,
         {"conv": {"kernel": np.array([20.0, -40.0]), "bias": np.array([10.0])}, **NOT_TRAINED},
     )
@@ -68,7 +63,7 @@ def test_gradients_are_those_of_jax_where_there_can_be_one():
 )
 def test_leaves_outside_var_list_have_no_gradient(var_list):
     _, grads = compute_gradients(loss, PARAMS, var_list=var_list)
-    assert_equal(grads, {"conv": {"kernel": np.array([2.0, -4.0]), "bias": None}, **NOT_TRAINED})
+    equal(grads, {"conv": {"kernel": np.array([2.0, -4.0]), "bias": None}, **NOT_TRAINED})
 
 
 def test_a_loss_of_many_elements_counts_as_their_sum():
@@ -89,14 +84,14 @@ def test_aux_comes_beside_the_value(var_list):
     (value, aux), grads = compute_gradients(with_aux, PARAMS, 10.0, var_list=var_list, has_aux=True)
     assert value == 52.5
     assert (aux["seen"], aux["steps"][0]) == (10.0, 3)
-    assert_equal(grads, compute_gradients(loss, PARAMS, 10.0)[1])
+    equal(grads, compute_gradients(loss, PARAMS, 10.0)[1])
 
 
 def test_the_gradient_has_the_dtype_of_its_parameter():
     params = {"half": jnp.bfloat16(2), "float": jnp.float32(3)}
     product = lambda p: p["half"].astype(jnp.float32) * p["float"]
     _, grads = compute_gradients(product, params)
-    assert_equal(grads, {"half": jnp.bfloat16(3), "float": jnp.float32(2)})
+    equal(grads, {"half": jnp.bfloat16(3), "float": jnp.float32(2)})
     assert grads["half"].dtype == jnp.bfloat16
 
 
@@ -108,7 +103,7 @@ def test_python_numbers_are_parameters_too():
 def test_gradients_under_jit_are_the_same():
     arrays = {"conv": PARAMS["conv"], "steps": PARAMS["steps"]}
     jitted = jax.jit(lambda p: compute_gradients(loss, p, var_list=matching("conv")))
-    assert_equal(jitted(arrays), compute_gradients(loss, arrays))
+    equal(jitted(arrays), compute_gradients(loss, arrays))
 
 
 def test_apply_gradients_is_one_step_of_the_transformation():
@@ -116,8 +111,8 @@ def test_apply_gradients_is_one_step_of_the_transformation():
     params = PARAMS["conv"]
     grads = {"kernel": jnp.array([2.0, 4.0]), "bias": jnp.array([1.0])}
     new, state = apply_gradients(tx, grads, params, tx.init(params))
-    assert_equal(new, {"kernel": np.array([0.0, -4.0]), "bias": np.array([0.0])})
-    assert_equal(state.slots["momentum"], grads)
+    equal(new, {"kernel": np.array([0.0, -4.0]), "bias": np.array([0.0])})
+    equal(state.slots["momentum"], grads)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +291,7 @@ def test_what_the_chain_is_given_is_of_this_step():
         minimize(lambda p, x: p["b"] * p["w"] * x, tx)(fresh(), tx.init(fresh()), jnp.float32(2))
     (extra,) = seen
     assert extra["value"] == extra["probe"] == 18  # a loss of two elements counts as their sum
-    assert_equal(extra["grad"], {"w": np.array([6.0, 6.0]), "b": np.float32(6)})
+    equal(extra["grad"], {"w": np.array([6.0, 6.0]), "b": np.float32(6)})
 
 
 def test_apply_gradients_passes_on_what_links_take_and_others_ignore():
@@ -352,7 +347,7 @@ def test_without_donation_what_goes_in_stays():
     loss = lambda p: jnp.sum(p["w"]) * p["b"]
     kept = minimize(loss, tx, donate=False)(params, state)
     assert not any(x.is_deleted() for x in jax.tree.leaves((params, state)))
-    assert_equal(minimize(loss, tx)(params, state), kept)
+    equal(minimize(loss, tx)(params, state), kept)
 
 
 def test_a_deleted_array_is_named_with_what_to_do():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import bitwise
 from folders import CHECKPOINTS as GOLDEN
 
 import emaopt
@@ -45,13 +46,10 @@ def stored(path):
     return {n: np.asarray(reader.get_tensor(n)) for n in reader.get_variable_to_shape_map()}
 
 
-def assert_same(a, b):
-    """The same trees, bit for bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert type(x) is type(y)
-        assert np.asarray(x).dtype == np.asarray(y).dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+def assert_same(got, want):
+    """The same trees, bit for bit, and of arrays of the same type."""
+    bitwise(got, want)
+    assert [type(x) for x in jax.tree.leaves(got)] == [type(x) for x in jax.tree.leaves(want)]
 
 
 def assert_same_bytes(a, b):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import bitwise, close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
@@ -52,24 +53,6 @@ CHAIN = optax.chain(
 )
 
 
-def assert_same(got, want):
-    """The same tree, bit for bit."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        b = jnp.asarray(b)
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(a, b)
-
-
-def assert_close(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
-
-
 def steps(tx, params, grads, number=3):
     step = jax.jit(lambda p, s, g: emaopt.apply_gradients(tx, g, p, s), donate_argnums=(0, 1))
     carry = params, tx.init(params)
@@ -87,8 +70,9 @@ def trained():
 @pytest.mark.parametrize("tree", [MIXED, TREE, {}, None, jnp.ones(2), {"a": jnp.zeros((2, 0))}])
 @pytest.mark.parametrize("max_size", [0, 2, 2**16])
 def test_unpack_gives_back_what_was_packed_bit_for_bit(tree, max_size):
-    assert_same(unpack(pack(tree, max_size=max_size)), tree)
-    assert_same(jax.jit(lambda tree: unpack(pack(tree, max_size=max_size)))(tree), tree)
+    arrays = jax.tree.map(jnp.asarray, tree)
+    bitwise(unpack(pack(tree, max_size=max_size)), arrays)
+    bitwise(jax.jit(lambda tree: unpack(pack(tree, max_size=max_size)))(tree), arrays)
 
 
 def test_there_is_one_array_per_dtype_and_big_leaves_and_keys_stay_apart():
@@ -124,7 +108,7 @@ def lenient():
 def test_training_is_that_of_the_tree(name):
     tx = LIKE_TREES[name]
     got, want = (steps(tx, *trees) for trees in ((pack(TREE), pack(GRADS)), (copied(TREE), GRADS)))
-    assert_close(unpack(got), want)
+    close(unpack(got), want)
 
 
 def copied(tree):
@@ -140,7 +124,7 @@ def test_around_a_chain_too(wrap):
     got, want = (
         steps(tx, *trees, 4) for trees in ((pack(TREE), pack(GRADS)), (copied(TREE), GRADS))
     )
-    assert_close(unpack(got), want)
+    close(unpack(got), want)
 
 
 def test_integers_are_left_out_by_a_mask_of_dtypes():
@@ -149,8 +133,8 @@ def test_integers_are_left_out_by_a_mask_of_dtypes():
     tx = optax.chain(optax.masked(emaopt.momentum(0.1, 0.9), floating), emaopt.ema(0.5))
     want = emaopt.apply_gradients(tx, grads, params, tx.init(params))
     got = emaopt.apply_gradients(tx, pack(grads), pack(params), tx.init(pack(params)))
-    assert_close(unpack(got), want)
-    assert_same(pack(unpack(got), like=got), got)
+    close(unpack(got), want)
+    bitwise(pack(unpack(got), like=got), got)
 
 
 def loss(params):
@@ -160,10 +144,10 @@ def loss(params):
 def test_derivatives_of_every_order_and_mode_are_those_of_the_tree():
     opened = lambda packed: loss(unpack(packed))
     packed, direction = pack(TREE), pack(GRADS)
-    assert_close(unpack(jax.grad(opened)(packed)), jax.grad(loss)(TREE))
-    assert_close(jax.jvp(opened, (packed,), (direction,)), jax.jvp(loss, (TREE,), (GRADS,)))
+    close(unpack(jax.grad(opened)(packed)), jax.grad(loss)(TREE))
+    close(jax.jvp(opened, (packed,), (direction,)), jax.jvp(loss, (TREE,), (GRADS,)))
     along = lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1]
-    assert_close(unpack(along(opened, packed, direction)), along(loss, TREE, GRADS))
+    close(unpack(along(opened, packed, direction)), along(loss, TREE, GRADS))
 
 
 def test_the_gradient_is_one_concatenation():
@@ -187,9 +171,9 @@ def test_vmap_over_the_whole_and_a_leading_axis():
     packed = pack(TREE)
     three = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), packed)
     want = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), TREE)
-    assert_same(unpack(three), want)
-    assert_same(jax.vmap(unpack)(three), want)
-    assert_same(pack(want, like=three), three)
+    bitwise(unpack(three), want)
+    bitwise(jax.vmap(unpack)(three), want)
+    bitwise(pack(want, like=three), three)
     got = jax.vmap(lambda p: loss(unpack(p)))(three)
     np.testing.assert_allclose(got, jax.vmap(loss)(want), rtol=1e-6)
 
@@ -200,7 +184,7 @@ def test_under_scan_and_donated():
 
     packed = pack(TREE)
     carry, _ = jax.lax.scan(step, (packed, CHAIN.init(packed)), length=3)
-    assert_close(carry, trained())
+    close(carry, trained())
     compiled = jax.jit(lambda c: step(c, None)[0], donate_argnums=0).lower(carry).compile()
     sizes = compiled.memory_analysis()
     assert sizes.alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(carry))
@@ -209,18 +193,18 @@ def test_under_scan_and_donated():
 def test_average_and_swap_work_on_either_form():
     params, opt_state = trained()
     tree, state = unpack(trained())
-    assert_same(unpack(emaopt.average(params, opt_state)), emaopt.average(tree, state))
-    assert_same(unpack(emaopt.swap(params, opt_state)), emaopt.swap(tree, state))
-    assert_same(emaopt.swap(*emaopt.swap(params, opt_state)), trained())
-    assert_same(unpack(emaopt.stacked(params, opt_state)), emaopt.stacked(tree, state))
+    bitwise(unpack(emaopt.average(params, opt_state)), emaopt.average(tree, state))
+    bitwise(unpack(emaopt.swap(params, opt_state)), emaopt.swap(tree, state))
+    bitwise(emaopt.swap(*emaopt.swap(params, opt_state)), trained())
+    bitwise(unpack(emaopt.stacked(params, opt_state)), emaopt.stacked(tree, state))
 
 
 def test_a_state_goes_both_ways():
-    assert_same(pack(unpack(trained()), like=trained()), trained())
+    bitwise(pack(unpack(trained()), like=trained()), trained())
     mixed = pack(MIXED)
-    assert_same(pack(MIXED, like=mixed), mixed)
+    bitwise(pack(MIXED, like=mixed), mixed)
     fresh = emaopt.heal(emaopt.ema(0.9)).init(pack(TREE))
-    assert_same(pack(unpack(fresh), like=fresh), fresh)
+    bitwise(pack(unpack(fresh), like=fresh), fresh)
 
 
 def test_names_are_those_of_the_unpacked_state():
@@ -238,14 +222,14 @@ def test_a_checkpoint_holds_the_original_names_and_training_goes_on(tmp_path):
         checkpoint.save(checkpointer, 0, tree, state)
         checkpoint.save(checkpointer, 1, *trained())
         *got, _ = checkpoint.resume(checkpointer, tree, state, step=0)
-        assert_same(pack(tuple(got), like=trained()), trained())
+        bitwise(pack(tuple(got), like=trained()), trained())
         *got, _ = checkpoint.resume(checkpointer, *trained(), step=1)
-        assert_same(tuple(got), trained())
+        bitwise(tuple(got), trained())
         other = pack({"w": TREE["w"].T, "b": TREE["b"], "scale": TREE["scale"]})
         with pytest.raises(ValueError, match="float32_"):
             checkpoint.resume(checkpointer, other, CHAIN.init(other), step=1)
     got = checkpoint.restore_averages(tmp_path / "run", like=tree, step=0)
-    assert_same(got, emaopt.average(tree, state))
+    bitwise(got, emaopt.average(tree, state))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -257,7 +241,7 @@ def test_replicated_leaves_are_joined_and_sharded_ones_stay(kind):
     packed = pack(tree)
     sharded = {x.shape: any(x.sharding.spec) for x in jax.tree.leaves(packed)}
     assert sharded == {(8, 2): True, (4,): False}
-    assert_same(unpack(packed), tree)
+    bitwise(unpack(packed), tree)
     carry = steps(CHAIN, copied(packed), packed)
     for x in jax.tree.leaves(carry):
         assert len(x.sharding.device_set) == 8
@@ -272,7 +256,7 @@ def test_leaves_on_different_devices_are_joined_apart():
     first, second = jax.devices()[:2]
     tree = {"a": jax.device_put(jnp.ones(2), first), "b": jax.device_put(jnp.ones(3), second)}
     assert [x.shape for x in jax.tree.leaves(pack(tree))] == [(2,), (3,)]
-    assert_same(unpack(pack(tree)), tree)
+    bitwise(unpack(pack(tree)), tree)
 
 
 @pytest.mark.parametrize(
