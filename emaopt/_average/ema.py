@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from emaopt._tree.checks import check_array, check_shape
+from emaopt._tree.checks import check_array, check_shape, shown
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import apply_update, by_path, tree_map, zip_leaves
 from emaopt._tree.numbers import is_concrete, is_inexact, wide
@@ -44,6 +44,9 @@ class EmaState(NamedTuple):
     ledger: Tree = None
     rows: Tree = None
 
+    def __repr__(self) -> str:
+        return shown(self)
+
 
 class SwappedEmaState(NamedTuple):
     """What `swap` makes of an `EmaState`: the shadow holds the parameters.
@@ -58,6 +61,9 @@ class SwappedEmaState(NamedTuple):
     ledger: Tree = None
     rows: Tree = None
     emaopt_swapped: Any = np.ones((), np.int8)
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 class _Update(Protocol):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from emaopt._tree.checks import check_array, check_shape, did_you_mean
@@ -242,6 +243,13 @@ def _masked_out(shadow: Tree) -> set[KeyPath]:
 def _no_part(average: Found, nodes: set[KeyPath], leaves: dict[KeyPath, Any]) -> str:
     """Return the error about an average that belongs neither to the whole nor to a part."""
     averaged = {path for path, x in by_path(average.state.shadow).items() if x is not None}
+    if averaged == {()}:
+        shape = np.shape(average.state.shadow)
+        return (
+            f"params is a tree, with the leaves {_quoted(leaves)}, and opt_state averages one "
+            f"array of shape {shape}. Pass that array. If it comes from optax.flatten, chain the "
+            "average after it: optax.chain(optax.flatten(tx), emaopt.ema(decay))."
+        )
     above = [node for node in nodes if all((*node, *path) in leaves for path in averaged)]
     # the nearest ones: a whole TrainState has the same names again in the slots of its optimizer
     above = sorted(node for node in above if len(node) == min(map(len, above)))

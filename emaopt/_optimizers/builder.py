@@ -25,6 +25,7 @@ from emaopt._tree.checks import (
     check_floating,
     check_scalar,
     check_shape,
+    shown,
 )
 from emaopt._tree.devices import beside
 from emaopt._tree.leaves import map_leaves, tree_map
@@ -59,6 +60,9 @@ class OptimizerState(NamedTuple):
     step: jax.Array
     powers: dict[str, jax.Array]
     slots: dict[str, Tree]
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 def optimizer(

@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from .leaves import map_leaves
+from .leaves import by_path, map_leaves
 from .numbers import is_concrete
 from .paths import KeyPath, Tree
 
@@ -43,6 +45,8 @@ def check_shape(leaf: str, **arrays) -> None:
     """Raise unless all arrays are there and have the shape of the first."""
     (first, array), *others = arrays.items()
     for name, other in others:
+        if isinstance(other, optax.MaskedNode):
+            other = None
         if other is None or np.shape(other) != np.shape(array):
             has = "nothing" if other is None else f"shape {np.shape(other)}"
             raise ValueError(
@@ -176,3 +180,32 @@ def describe(leaf) -> str:
     if hasattr(leaf, "dtype"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return repr(leaf)
+
+
+def shown(state: Any) -> str:
+    """Return a named tuple of trees as a notebook shows it: dtypes and shapes, not the numbers.
+
+    Scalars are shown as numbers, and at most eight leaves of a tree.
+    """
+    fields = zip(state._fields, state, strict=True)
+    inside = ", ".join(f"{name}={_shown(tree)}" for name, tree in fields if tree is not None)
+    return f"{type(state).__name__}({inside})"
+
+
+def _shown(tree: Tree) -> str:
+    named = by_path(tree)
+    if list(named) == [()]:
+        return _shown_leaf(named[()])
+    shown_ = [f"{printable('/'.join(path))}: {_shown_leaf(x)}" for path, x in named.items()]
+    more = [f"... {len(shown_) - 8} more"] if len(shown_) > 8 else []
+    return "{" + ", ".join(shown_[:8] + more) + "}"
+
+
+def _shown_leaf(x: Any) -> str:
+    is_number = isinstance(x, (jax.Array, np.ndarray)) and np.ndim(x) == 0 and is_concrete(x)
+    # what lies on other processes, or was donated, cannot be read
+    if is_number and not (
+        isinstance(x, jax.Array) and (x.is_deleted() or not x.is_fully_addressable)
+    ):
+        return str(x)
+    return describe(x)

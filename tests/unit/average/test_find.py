@@ -243,6 +243,20 @@ def test_an_average_that_belongs_to_no_network_says_the_same_in_every_process():
     assert "no leaf 'b/w', which opt_state averages; it has 'disc/dense/kernel', 'gen/" in said[0]
 
 
+def test_an_average_of_one_array_belongs_to_no_tree():
+    params = {"w": jnp.ones(2), "b": jnp.ones(1)}
+    tx = optax.flatten(optax.chain(sgd(), emaopt.ema(0.5)))
+    with pytest.raises(ValueError, match=r"leaves 'b', 'w', .* one array of shape \(3,\)\. Pass"):
+        emaopt.average(params, tx.init(params))
+
+
+def test_a_leaf_that_the_mask_left_out_has_nothing_to_average():
+    params = {"w": jnp.ones(2), "b": jnp.ones(1)}
+    state = optax.masked(emaopt.ema(0.5), {"w": True, "b": False}).init(params)
+    with pytest.raises(ValueError, match=r"state.shadow has nothing at leaf 'b' where values"):
+        optax.masked(emaopt.ema(0.5), {"w": True, "b": True}).update(params, state, params)
+
+
 def test_averages_of_one_name_are_refused():
     state = emaopt.ema(0.5).init(jnp.zeros(1))
     with pytest.raises(ValueError, match=r"two averages named 'a/b'\. Rename one"):

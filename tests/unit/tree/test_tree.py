@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+import emaopt
 from emaopt._tree import checks, leaves, numbers, paths
 
 
@@ -265,3 +266,29 @@ def test_an_error_lists_a_few_names_of_many():
     many = {f"layer{i}": i for i in range(2000)}
     with pytest.raises(ValueError, match=r"only in first: layer0, layer1, .* and 1980 more\. Pass"):
         leaves.zip_leaves(first=many, second={})
+
+
+def test_a_state_is_shown_by_dtypes_and_shapes():
+    params = {"w": jnp.ones((2, 3)), "b": None}
+    tx = optax.chain(emaopt.adam(), emaopt.ema(0.5, ledger=True))
+    adam, average = tx.init(params)
+    assert repr(adam) == (
+        "OptimizerState(step=0, powers={beta1_power: 0.9, beta2_power: 0.999}, "
+        "slots={m/b: None, m/w: float32[2,3], v/b: None, v/w: float32[2,3]})"
+    )
+    assert repr(average).startswith("EmaState(step=0, shadow={b: None, w: float32[2,3]}, ledger={")
+    many = {f"layer{i:02}\n": jnp.ones(2) for i in range(12)}
+    _, swapped = emaopt.swap(many, emaopt.ema(0.5).init(many))
+    assert repr(swapped).startswith(r"SwappedEmaState(step=0, shadow={layer00\n: float32[2], ")
+    assert r"layer07\n: float32[2], ... 4 more}" in repr(swapped)
+    assert "step='global_step', shadow={b: None, w: 'w/Exp" in repr(emaopt.names(average))
+
+
+def test_a_state_that_cannot_be_read_is_shown():
+    state = emaopt.ema(0.5).init(jnp.ones(2))
+    seen = []
+    jax.jit(lambda s: seen.append(repr(s)))(state)
+    assert seen == ["EmaState(step=int32[], shadow=float32[2])"]
+    state.step.delete()
+    assert repr(state) == "EmaState(step=int32[], shadow=float32[2])"
+    assert repr(jax.eval_shape(lambda: emaopt.ema(0.5).init(jnp.ones(2)))) == seen[0]
