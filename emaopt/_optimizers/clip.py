@@ -25,8 +25,6 @@ from emaopt._tree.numbers import is_concrete, real_dtype, scalar, wide
 from emaopt._tree.packing import check_unpacked
 from emaopt._tree.paths import Tree
 
-from .numerics import sqrt
-
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _CLIP_NORM = Range(lambda c: c >= _SMALLEST, "a number above 0; float('inf') is no clipping")
@@ -111,7 +109,7 @@ def clip_by_norm(
             )
 
     def clip(c: Any, x: jax.Array) -> jax.Array:
-        norm = sqrt(jnp.sum(_squares(x), axis=axes, keepdims=True))
+        norm = _root(jnp.sum(_squares(x), axis=axes, keepdims=True))
         return _by_parts(lambda x: x * c / jnp.maximum(norm, c), x)
 
     def update(updates, state, params=None):
@@ -219,7 +217,7 @@ def global_norm(tree: Tree) -> jax.Array:
     # The maximum changes nothing, NaN neither. Without it XLA makes of the sum one addition per
     # leaf, and repeats them all inside every leaf that is scaled: the time to compile then grows
     # with the square of the number of leaves.
-    return sqrt(jnp.sum(jnp.maximum(jnp.stack(squares), 0)))
+    return _root(jnp.sum(jnp.maximum(jnp.stack(squares), 0)))
 
 
 def _clip_to_range(x: ArrayLike, low: Any, high: Any) -> Any:
@@ -267,7 +265,18 @@ def _unless_boundless(clip: Callable, x: jax.Array, clip_norm: ArrayLike) -> jax
 def _scale(norm: jax.Array, c: Any, one: jax.Array) -> jax.Array:
     """Return the factor of all leaves; NaN if their norm is not finite."""
     scale = c * jnp.minimum(one / jnp.where(norm == 0, c, norm), one / c)
-    return jnp.where(jnp.isfinite(norm), scale, jnp.nan)
+    # inf - inf and nan - nan are NaN; at a constant jax_debug_nans would stop, used or not
+    return jnp.where(jnp.isfinite(norm), scale, norm - norm)
+
+
+def _root(squares: jax.Array) -> jax.Array:
+    """Return the square root, whose derivative at zero is taken to be zero; NaN stays NaN.
+
+    Without the selects XLA makes |x| of the norm of one element, sqrt(x * x), which does not
+    overflow where TF1's does.
+    """
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)
 
 
 def _squares(x: jax.Array) -> jax.Array:
