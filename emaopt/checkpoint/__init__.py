@@ -12,20 +12,19 @@ and the optimizer around the average, need not be known to read the averages.
 
 from typing import Any
 
-from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
-from emaopt._average.find import average_paths, averages, swap
 from emaopt._tree.checks import written_names
-from emaopt._tree.paths import KeyPath, Params, State, Tree
+from emaopt._tree.paths import Params, Tree
 
-from ._contents import SWAPPED
 from ._errors import DamagedError as DamagedError, MismatchError as MismatchError, saving
 from ._export import export_averages as export_averages
 from ._items import inventory, items_of, new_stamp, with_digests
-from ._run import is_finished, locate, pick
+from ._partial import load_params
+from ._resume import resume as resume, resume_partial as resume_partial
+from ._run import check_checkpointer, locate
 from ._stored import Stored
-from ._trees import named_leaves, with_model, without_model
+from ._trees import named_leaves
 from ._watch import watch as watch
 
 
@@ -162,7 +161,7 @@ def _prepared(
     custom_metadata: dict[str, Any] | None,
 ) -> tuple[dict[str, Tree], dict[str, Any]]:
     """The items of a checkpoint, and its metadata; all that is wrong with them is raised here."""
-    _check_checkpointer(checkpointer)
+    check_checkpointer(checkpointer)
     if not overwrite and any(c.step == int(step) for c in checkpointer.checkpoints):
         raise ValueError(
             f"step={int(step)} is in {checkpointer.directory} already. Pass another step, or "
@@ -176,79 +175,25 @@ def _prepared(
     return items, {**(custom_metadata or {}), **inventory(items, stamp)}
 
 
-def _check_checkpointer(checkpointer: Any) -> None:
-    if not hasattr(checkpointer, "save_checkpointables"):
-        raise ValueError(
-            f"checkpointer is a {type(checkpointer).__name__}. Pass that of Orbax's version 1: "
-            "orbax.checkpoint.v1.training.Checkpointer(directory), in a `with` statement."
-        )
+def restore_params(path: Any, like: Params, *, step: int | None = None) -> Params:
+    """Read the raw parameters of a checkpoint, not their averages; without the optimizer.
 
-
-def resume(
-    checkpointer: ocp.training.Checkpointer,
-    /,
-    params: Params,
-    opt_state: State,
-    *,
-    step: int | None = None,
-    **rest: Any,
-) -> tuple[Params, State, dict[str, Any]]:
-    """Load a training state as it was when it was saved, bit for bit.
-
-    The templates say where each leaf goes: onto the sharding of an array or abstract array, onto
-    the host for a NumPy array. An uncommitted array gives an uncommitted one.
+    It may be saved by `save` or by plain Orbax, with averages or without. Nothing else is read.
 
     Args:
-        checkpointer: that of the run.
-        params: like the parameters that were saved, real or abstract (`jax.eval_shape`).
-        opt_state: like the state that was saved, for example `tx.init(params)`.
-        step: which checkpoint, `int` or an integer array []; by default the newest.
-        rest: like the rest that was saved: `batch_stats=...`, `epoch=0`. A counter that was saved
-            as `step` needs no template: it comes back as it was saved.
+        path: the absolute path of a run or of one checkpoint.
+        like: the parameters, or some of them, real or abstract, with the shardings wanted.
+        step: which checkpoint of a run; by default the newest that is finished.
 
     Returns:
-        Parameters, state, and a dict with the rest.
+        The parameters as the last step left them, with the structure and shardings of `like`.
 
     Raises:
         MismatchError: names, shapes or dtypes differ. It names the leaves; nothing was read.
         DamagedError: a file is missing, cut off, or not what was saved.
-        FileNotFoundError: there is no such step.
+        FileNotFoundError: there is no such checkpoint.
     """
-    _check_checkpointer(checkpointer)
-    checkpointer.wait()
-    listed = {c.step: Path(c.path) for c in checkpointer.checkpoints}
-    found = {number: path for number, path in listed.items() if is_finished(path)}
-    stored = Stored(pick(found, step, checkpointer.directory))
-    markers = {path for path in stored.items.get("opt_state", ()) if path[-1] == SWAPPED}
-    state = without_model(params, opt_state)
-    names, like = _as_saved(params, state, markers, stored.path)
-    if "rest" in stored.items and ("step",) in stored.items["rest"]:
-        rest = {"step": stored.forms([("rest", "step")])["rest", "step"], **rest}
-    if rest or "rest" in stored.items:
-        like["rest"] = rest
-    loaded = stored.load(like)
-    params, state = loaded["params"], loaded["opt_state"]
-    for name in names:
-        params, state = swap(params, state, name)
-    return params, with_model(params, state, opt_state), loaded.get("rest", {})
-
-
-def _as_saved(
-    params: Tree, opt_state: Tree, markers: set[KeyPath], path: Path
-) -> tuple[list[str], dict[str, Tree]]:
-    """The names of the averages that were swapped, and the trees as they stand on disk."""
-    names = dict(zip(average_paths(opt_state), averages(opt_state), strict=True))
-    swapped = {marker[:-1] for marker in markers}
-    if not swapped <= names.keys():
-        raise MismatchError(
-            f"checkpoint {path} has its averages at {sorted('/'.join(node) for node in swapped)}, "
-            f"opt_state has {['/'.join(node) for node in names]}. Pass the state of the optimizer "
-            "that was saved; for the averages alone, restore_averages."
-        )
-    chosen = [names[node] for node in sorted(swapped)]
-    for name in chosen:
-        params, opt_state = swap(params, opt_state, name)
-    return chosen, {"params": params, "opt_state": opt_state}
+    return load_params(Stored(locate(path, step)), like)
 
 
 def restore_averages(

@@ -113,3 +113,12 @@ def pick(found: dict[int, Path], step: Any, directory: Any) -> Path:
         listed = f"{steps[:20]} and {len(steps) - 20} more" if len(steps) > 20 else steps
         raise FileNotFoundError(f"step={wanted} is not in {directory}. Pass one of {listed}.")
     return found[wanted]
+
+
+def check_checkpointer(checkpointer: Any) -> None:
+    """Raise unless it is a checkpointer of Orbax's version 1."""
+    if not hasattr(checkpointer, "save_checkpointables"):
+        raise ValueError(
+            f"checkpointer is a {type(checkpointer).__name__}. Pass that of Orbax's version 1: "
+            "orbax.checkpoint.v1.training.Checkpointer(directory), in a `with` statement."
+        )

@@ -96,14 +96,14 @@ class Stored:
             if path in self.items[name]
         }
         forms = self.forms(leaves)
-        wrong = [self._differs(path, leaf, forms[path]) for path, leaf in leaves.items()]
-        self._refuse(
+        wrong = [self.differs(path, leaf, forms[path]) for path, leaf in leaves.items()]
+        self.refuse(
             [
                 f"there is no item {name!r}, only {', '.join(sorted(self.items))}"
                 for name in lacking
             ],
             missing(lost, self.paths()),
-            [problem for problem in wrong if problem],
+            wrong,
             [
                 f"{printable('/'.join(path))} is stored, but not in what was passed"
                 for path in others
@@ -141,11 +141,11 @@ class Stored:
         for leaf_name, leaf in there.items():
             path, _, param = places[leaf_name]
             also = leaf if cast else forms[param]
-            wrong.append(self._differs(path, leaf, forms[path], also))
+            wrong.append(self.differs(path, leaf, forms[path], also))
         known = [logical(path[1:]) for path in self.paths()] if len(there) < len(wanted) else []
-        self._refuse(
+        self.refuse(
             missing([leaf_name for leaf_name in wanted if leaf_name not in places], known),
-            [problem for problem in wrong if problem],
+            wrong,
             []
             if places
             else [f"pass that part alone, like[{k!r}]" for k in self._above(wanted, name)],
@@ -154,10 +154,15 @@ class Stored:
         values = [self._like(averaged[n], leaf, places[n].path) for n, leaf in there.items()]
         return jax.tree.unflatten(jax.tree.structure(like), values)
 
-    def averages(self, places: dict[Any, Place]) -> dict[Any, Any]:
-        """Read some averages to the host: the values that were evaluated, a residue included."""
+    def averages(self, places: dict[Any, Place], like: dict[Any, Any] | None = None) -> dict:
+        """Read some averages: the values that were evaluated, a residue included.
+
+        To where the template of the same key is in `like`; without one, to the host.
+        """
         forms = self.forms({path for place in places.values() for path in place if path})
-        return self._averages({key: (place, None) for key, place in places.items()}, forms)
+        like = like or {}
+        wanted = {key: (place, like.get(key)) for key, place in places.items()}
+        return self._averages(wanted, forms)
 
     def params_like(self) -> Tree:
         """Return the stored parameters as empty NumPy arrays: the default for `like`."""
@@ -170,6 +175,12 @@ class Stored:
         leaves = [forms[contents.params[logical(path)]] for path in leaves_by_path(tree)]
         empty = [np.empty(x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves]
         return jax.tree.unflatten(jax.tree.structure(tree), empty)
+
+    def fetch(self, wanted: dict[Any, tuple[KeyPath, Any]]) -> dict[Any, Any]:
+        """Read some leaves, given by where each is and what it is to be like."""
+        forms = self.forms(at for at, _ in wanted.values())
+        values = self._read({at: target_of(leaf, forms[at]) for at, leaf in wanted.values()})
+        return {key: self._like(values[at], leaf, at) for key, (at, leaf) in wanted.items()}
 
     def read(self, paths: Iterable[KeyPath]) -> dict[KeyPath, Any]:
         """Read some leaves to the host, verified."""
@@ -288,7 +299,7 @@ class Stored:
 
     # ---- what does not fit ---------------------------------------------------------------------
 
-    def _differs(self, path: KeyPath, leaf: Any, stored: Any, also: Any = None) -> str:
+    def differs(self, path: KeyPath, leaf: Any, stored: Any, also: Any = None) -> str:
         """What is wrong with the shape or the dtype that was asked for; "" if nothing is."""
         name = printable("/".join(path))
         if shape(leaf) != shape(stored):
@@ -308,8 +319,9 @@ class Stored:
             if key and len(self.contents.places(names, name)) == len(names)
         ]
 
-    def _refuse(self, *kinds: list[str]) -> None:
+    def refuse(self, *kinds: list[str]) -> None:
         """Raise if there is any problem, with some of each kind."""
+        kinds = tuple([problem for problem in kind if problem] for kind in kinds)
         problems = [problem for kind in kinds for problem in shortened(kind)]
         if problems:
             raise MismatchError(

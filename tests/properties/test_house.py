@@ -47,7 +47,7 @@ FLOORS = {
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
     "checkpoint": "_errors _leaf _digest _run _trees | _contents _item | _stored _items"
-    " | _export _watch | __init__",
+    " | _partial _export _watch | _resume | __init__",
     "presets": "_common | _tensorflow _pytorch _jax | __init__",
     "posthoc": "_fit _sum | __init__",
     "tf1": "_rename | _files _leaves | __init__",
