@@ -162,7 +162,7 @@ class Contents:
         """Say what a leaf is: `average of w`, `slot m of w`, `global step`, `rest`."""
         path = logical(path)
         if path[0] == DIGESTS:
-            return "step and number of the save" if path[-1] == STAMP else f"digests of {path[-1]}"
+            return f"digests of {path[-1]}"
         for node, average in self.averages.items():
             if not _is_in(path, node):
                 continue

@@ -128,7 +128,7 @@ def test_leaves_are_in_groups_of_one_role(orbax, capsys):
     assert names["opt_state/1/shadow: raw parameter"] == ["bias", "conv/kernel"]
     assert names["opt_state/0/slots/m: slot m"] == ["bias", "conv/kernel"]
     assert names["global step"] == ["opt_state/0/step", "opt_state/1/step"]
-    assert sum(map(len, names.values())) == 26
+    assert sum(map(len, names.values())) == 27
 
 
 def test_the_averages_alone_are_listed(orbax, capsys):
