@@ -20,3 +20,11 @@ from ._pytorch import (
     torch_swa as torch_swa,
 )
 from ._tensorflow import keras as keras, tf1 as tf1, tfa as tfa, tfa_swa as tfa_swa
+from ._trainers import (
+    bema as bema,
+    composer as composer,
+    lightning as lightning,
+    mmengine as mmengine,
+    nemo as nemo,
+    torchtitan as torchtitan,
+)

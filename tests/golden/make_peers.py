@@ -10,7 +10,11 @@ one of make.py. A run leaves the records of libraries that are not installed as 
     tfa/bin/python tests/golden/make_peers.py
     tf1/bin/python tests/golden/make_peers.py
 
+    python3.11 -m venv composer && composer/bin/pip install torch==2.6.0 mosaicml==0.32.1
+    composer/bin/python tests/golden/make_peers.py
+
 EDM2's code is not a package, and not free: its records are the formulas of its papers, in NumPy.
+torchtitan's averages are in no release yet: its records are the formula of its documentation.
 
 Every case sees the same parameters, `values()`: row 0 at the start, row t after update t. A record
 has the average after each update, as the base64 of an array [updates, 2], little-endian.
@@ -21,6 +25,7 @@ has the average after each update, as the base64 of an array [updates, 2], littl
 import base64
 import copy
 import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -28,6 +33,7 @@ import operator
 import os
 import pathlib
 import sys
+import types
 
 import numpy as np
 
@@ -82,6 +88,30 @@ CASES = [
     ("edm2_traditional", {"batch_size": 2048}),
     ("edm2_traditional", {"halflife_Mimg": 0.02, "batch_size": 2048}),
     ("edm2_traditional", {"halflife_Mimg": 0.5, "rampup_ratio": None, "batch_size": 512}),
+    ("lightning", {}),
+    ("lightning", {"decay": 0.9, "update_every_n_steps": 3}),
+    ("lightning", {"decay": 0.8, "update_every_n_steps": 5, "update_starting_at_step": 12}),
+    ("composer", {}),
+    ("composer", {"half_life": "20ba", "update_interval": "4ba"}),
+    (
+        "composer",
+        {"half_life": None, "smoothing": 0.9, "ema_start": "7ba", "update_interval": "2ba"},
+    ),
+    ("composer", {"half_life": "10ba", "ema_start": "6ba", "update_interval": "4ba"}),
+    ("nemo", {"decay": 0.9}),
+    ("nemo", {"decay": 0.999, "every_n_steps": 4}),
+    ("mmengine", {}),
+    ("mmengine", {"momentum": 0.1, "interval": 3, "begin_iter": 10}),
+    ("mmengine", {"ema_type": "StochasticWeightAverage", "interval": 4, "begin_iter": 5}),
+    ("mmengine", {"ema_type": "MomentumAnnealingEMA"}),
+    ("mmengine", {"ema_type": "MomentumAnnealingEMA", "gamma": 5, "momentum": 0.1, "interval": 2}),
+    ("torchtitan", {}),
+    ("torchtitan", {"half_life_fraction": 0.3, "start_step": 9, "step_bias": 4}),
+    ("torchtitan", {"decay": 0.9, "start_step": 2, "update_every_n_steps": 3}),
+    ("bema", {}),
+    ("bema", {"update_freq": 1}),
+    ("bema", {"update_freq": 4, "update_after": 10, "lag": 3, "min_ema_multiplier": 0.2}),
+    ("bema", {"update_freq": 3, "ema_power": 0.8, "multiplier": 0.5}),
     ("optax", {"step_size": 0.1}),
     ("optax", {"step_size": 0.0001}),
     ("nnx", {"decay": 0.9}),
@@ -103,6 +133,11 @@ DEFECTS = [
     ("optax_in_bfloat16", {"step_size": 0.001}),
     ("nnx_in_bfloat16", {"decay": 0.999}),
 ]
+# what BEMA makes of its average: with the correction of the bias
+OUTPUTS = [
+    ("bema_output", {"update_freq": 4, "update_after": 10, "bias_power": 0.3}),
+    ("bema_output", {"update_freq": 1, "lag": 5}),
+]
 LIBRARIES = {  # the distribution that a case needs, and how its version begins
     "tf1": ("tensorflow", "1."),
     "tfa": ("tensorflow-addons", ""),
@@ -112,6 +147,12 @@ LIBRARIES = {  # the distribution that a case needs, and how its version begins
     "diffusers": ("diffusers", ""),
     "ema_pytorch": ("ema-pytorch", ""),
     "edm2": ("numpy", "2."),  # the formulas of its papers
+    "lightning": ("lightning", ""),
+    "composer": ("mosaicml", ""),
+    "nemo": ("nemo-toolkit", ""),
+    "mmengine": ("mmengine", ""),
+    "torchtitan": ("numpy", "2."),  # its averages are in no release yet: the documented formula
+    "bema": ("trl", ""),
     "optax": ("optax", ""),
     "nnx": ("flax", ""),
 }
@@ -347,6 +388,125 @@ def edm2_traditional(feed, batch_size, halflife_Mimg=math.inf, rampup_ratio=0.09
     return _lerp(feed, 0.5 ** (batch_size / half))
 
 
+def lightning(feed, **arguments):
+    import torch
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(feed[0], dtype=torch.float64))
+
+    module, trainer = Module(), types.SimpleNamespace(global_step=0)
+    callback = EMAWeightAveraging(**arguments)
+    callback.setup(trainer, module, "fit")
+
+    def update():
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, module, None, None, trainer.global_step - 1)
+
+    return _follow(feed, module, update, lambda: callback._average_model.module.w)
+
+
+def composer(feed, **arguments):
+    from composer import Event, Time, Timestamp
+    from composer.algorithms import EMA
+
+    module = _module(feed, "float64")
+    state = types.SimpleNamespace(model=module, timestamp=Timestamp(), callbacks=[])
+    state.get_elapsed_duration = lambda: Time.from_timestring("0.5dur")
+    average = EMA(**arguments)
+
+    def fire(event):
+        if average.match(event, state):
+            average.apply(event, state, None)
+
+    def update():
+        state.timestamp = state.timestamp.to_next_batch()
+        fire(Event.BATCH_END)
+
+    fire(Event.INIT)
+    return _follow(feed, module, update, lambda: average.ema_model.named_parameters_dict["w"])
+
+
+def nemo(feed, decay, every_n_steps=1):
+    import torch
+
+    # the file alone: the package around it loads a speech toolkit
+    root = importlib.util.find_spec("nemo").submodule_search_locations[0]
+    path = pathlib.Path(root, "collections", "common", "callbacks", "ema.py")
+    spec = importlib.util.spec_from_file_location("nemo_ema", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    w = torch.nn.Parameter(torch.tensor(feed[0], dtype=torch.float64))
+    optimizer = module.EMAOptimizer(
+        torch.optim.SGD([w], lr=1.0), torch.device("cpu"), decay, every_n_steps
+    )
+    rows = []
+    for old, new in zip(feed, feed[1:]):
+        w.grad = torch.tensor(old - new, dtype=torch.float64)
+        optimizer.step()
+        optimizer.join()
+        assert (w.detach().numpy() == new).all()
+        rows.append(optimizer.ema_params[0].numpy().copy())
+    return rows
+
+
+def mmengine(feed, **arguments):
+    from mmengine.hooks import EMAHook
+
+    module = _module(feed, "float64")
+    hook, runner = EMAHook(**arguments), types.SimpleNamespace(model=module, iter=0)
+    hook.before_run(runner)
+
+    def update():
+        hook.after_train_iter(runner, runner.iter)
+        runner.iter += 1
+
+    return _follow(feed, module, update, lambda: hook.ema_model.module.w)
+
+
+def torchtitan(
+    feed, decay=None, half_life_fraction=0.05, start_step=0, step_bias=0, update_every_n_steps=1
+):
+    average, rows = feed[0], []
+    for step, new in enumerate(feed[1:], 1):
+        since = step - start_step
+        if since > 0 and since % update_every_n_steps == 0:
+            n = since // update_every_n_steps + step_bias
+            kept = 2 ** (-1 / (half_life_fraction * n)) if decay is None else decay
+            average = kept * average + (1 - kept) * new
+        rows.append(average)
+    return rows
+
+
+def bema(feed, output=False, **arguments):
+    import torch
+    from trl import BEMACallback
+
+    class Module(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.w = torch.nn.Parameter(torch.tensor(feed[0], dtype=torch.float64))
+
+    module = Module(None)
+    callback, state = BEMACallback(**arguments), types.SimpleNamespace(global_step=0)
+    callback.on_train_begin(None, state, None, module)
+
+    def update():
+        state.global_step += 1
+        callback.on_step_end(None, state, None, module)
+
+    read = lambda: callback.running_model.w if output else callback.ema_params[0]
+    return _follow(feed, module, update, read)
+
+
+def bema_output(feed, **arguments):
+    return bema(feed, output=True, **arguments)
+
+
 def optax(feed, dtype="float64", **arguments):
     import jax
 
@@ -417,6 +577,10 @@ def signatures(here):
         "diffusers": "diffusers.training_utils:EMAModel",
         "ema_pytorch": "ema_pytorch:EMA.__init__",
         "ema_pytorch_karras": "ema_pytorch:KarrasEMA.__init__",
+        "lightning": "lightning.pytorch.callbacks:EMAWeightAveraging.__init__",
+        "composer": "composer.algorithms:EMA.__init__",
+        "mmengine": "mmengine.hooks:EMAHook.__init__ mmengine.model:MomentumAnnealingEMA.__init__",
+        "bema": "trl:BEMACallback.__init__",
         "optax": "optax:incremental_update",
         "nnx": "flax.nnx:EMA.__init__",
     }
@@ -424,13 +588,16 @@ def signatures(here):
     for preset, place in places.items():
         if library(preset) not in here:
             continue
-        module, path = place.split(":")
-        source = operator.attrgetter(path)(importlib.import_module(module))
-        found[preset] = {
-            p.name: "" if p.default is p.empty else p.default
-            for p in inspect.signature(source).parameters.values()
-            if p.default is p.empty or isinstance(p.default, (bool, int, float, type(None)))
-        }
+        found[preset] = {}
+        for one in place.split():
+            module, path = one.split(":")
+            source = operator.attrgetter(path)(importlib.import_module(module))
+            found[preset].update(
+                (p.name, "" if p.default is p.empty else p.default)
+                for p in inspect.signature(source).parameters.values()
+                if p.default is p.empty
+                or isinstance(p.default, (bool, int, float, str, type(None)))
+            )
     return found
 
 
@@ -450,7 +617,7 @@ def main(file=FILE):
         "versions": dict(old.get("versions", {}), **here),
         "signatures": dict(old.get("signatures", {}), **signatures(here)),
     }
-    for kind, rows in (("cases", CASES), ("defects", DEFECTS)):
+    for kind, rows in (("cases", CASES), ("defects", DEFECTS), ("outputs", OUTPUTS)):
         kept = {(r["name"], json.dumps(r["arguments"])): r for r in old.get(kind, [])}
         about[kind] = [
             record(name, arguments) if library(name) in here else kept[name, json.dumps(arguments)]

@@ -196,6 +196,12 @@ def after_training(snapshots: list[Params]) -> Params:
 
 def of_others() -> list[emaopt.Decay]:
     return [
+        presets.lightning(0.999),
+        presets.composer("1000ba"),
+        presets.nemo(0.999),
+        presets.mmengine(momentum=0.001),
+        presets.torchtitan(half_life_fraction=0.05),
+        presets.bema(update_freq=1),
         presets.diffusers(use_ema_warmup=True),
         presets.edm2(0.05),
         presets.edm2_traditional(2, batch_size=1024),

@@ -48,7 +48,7 @@ FLOORS = {
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
     "checkpoint": "_errors _leaf _digest _run _trees | _contents _item | _stored _items"
     " | _partial _export _watch | _resume | __init__",
-    "presets": "_common | _tensorflow _pytorch _jax | __init__",
+    "presets": "_common | _tensorflow _pytorch _trainers _jax | __init__",
     "posthoc": "_fit _sum | __init__",
     "tf1": "_rename | _files _leaves | __init__",
     "summary": "_graph _histogram | _writer | __init__",

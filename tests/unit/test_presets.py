@@ -68,7 +68,41 @@ def test_every_preset_is_compared_and_everything_is_recorded():
     settings = lambda records: [(record["name"], record["arguments"]) for record in records]
     assert settings(CASES) == make_peers.CASES
     assert settings(DEFECTS.values()) == make_peers.DEFECTS
+    assert settings(RECORDED["outputs"]) == make_peers.OUTPUTS
     assert {case["name"] for case in CASES} == set(PRESETS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=title)
+def test_a_preset_is_shown_as_a_call_that_makes_it(case):
+    shown = repr(preset(case))
+    assert shown.startswith(f"presets.{case['name']}(")
+    again = eval(shown, {"presets": presets, "inf": np.inf})
+    assert repr(again) == shown
+    t = jnp.arange(1, 40)
+    np.testing.assert_array_equal(jax.vmap(again.rate)(t), jax.vmap(preset(case).rate)(t))
+
+
+@pytest.mark.parametrize("case", RECORDED["outputs"], ids=title)
+def test_bema_is_an_average_a_start_and_one_line(case):
+    given = dict(case["arguments"])
+    lag, power = given.get("lag", 10), given.pop("bias_power", 0.2)
+    first = given.get("update_after", 0)
+    average = averages(presets.bema(**given), VALUES)
+    start = averages(emaopt.after(first, 1.0), VALUES)
+    t = np.arange(1, UPDATES + 1)
+    alpha = (lag + t) ** -power
+    ours = average + alpha[:, None] * (VALUES[1:] - start)
+    fired = (t > first) & ((t - first) % given["update_freq"] == 0)
+    assert fired.sum() >= 29
+    assert_close(ours[fired], make_peers.averages(case)[fired], 1e-6)
+
+
+def test_the_half_life_of_torchtitan_is_a_power():
+    weights = [
+        emaopt.profile(decay, 5000)
+        for decay in (presets.torchtitan(), emaopt.power(np.log(2) / 0.05 - 1))
+    ]
+    assert np.abs(weights[0] - weights[1]).sum() < 1e-3
 
 
 @pytest.mark.parametrize("name", RECORDED["signatures"])
@@ -84,7 +118,8 @@ def test_a_preset_has_the_argument_names_and_defaults_of_its_library(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_names_the_version_that_it_was_compared_with(name):
     library = make_peers.library(name)
-    version = "arXiv:2312.02696" if library == "edm2" else RECORDED["versions"][library]
+    formulas = {"edm2": "arXiv:2312.02696", "torchtitan": "pytorch/torchtitan#3985"}
+    version = formulas.get(library) or RECORDED["versions"][library]
     assert version in PRESETS[name].__doc__
 
 
@@ -135,6 +170,37 @@ def test_what_a_preset_takes_over_several_updates_is_the_product_of_its_decays(c
         (lambda: presets.edm2_traditional(0, batch_size=1), "halflife_Mimg=0"),
         (lambda: presets.edm2_traditional(1, 0, batch_size=1), "rampup_ratio=0"),
         (lambda: presets.edm2_traditional(batch_size=0), "batch_size=0"),
+        (lambda: presets.lightning(decay=2), "decay=2 is out of range"),
+        (lambda: presets.lightning(0.9, 0), "update_every_n_steps=0"),
+        (lambda: presets.lightning(0.9, 1, -1), "update_starting_at_step=-1"),
+        (lambda: presets.composer("10ba", 0.9), "half_life='10ba' and smoothing=0.9: one follows"),
+        (lambda: presets.composer(None), "half_life=None and smoothing=None: one follows"),
+        (lambda: presets.composer("1ep"), "half_life='1ep' is not a number of batches from 1 on"),
+        (lambda: presets.composer("0ba"), "half_life='0ba' is not a number of batches from 1 on"),
+        (
+            lambda: presets.composer(ema_start="0.1dur"),
+            "ema_start='0.1dur' .* 'n?1000ba'; a preset",
+        ),
+        (lambda: presets.composer(update_interval=3), "update_interval=3 is not a number of"),
+        (lambda: presets.composer(None, 1.5, update_interval="1ba"), r"smoothing=1\.5"),
+        (lambda: presets.nemo(-1), "decay=-1"),
+        (lambda: presets.nemo(0.9, 0), "every_n_steps=0"),
+        (lambda: presets.mmengine("EMA"), "ema_type='EMA' is not known. Pass one of: Exponential"),
+        (lambda: presets.mmengine(momentum=2), "momentum=2"),
+        (lambda: presets.mmengine(begin_iter=-1), "begin_iter=-1"),
+        (lambda: presets.mmengine(interval=0), "interval=0"),
+        (lambda: presets.mmengine(gamma=0), "gamma=0"),
+        (lambda: presets.torchtitan(decay=2), "decay=2"),
+        (lambda: presets.torchtitan(half_life_fraction=0), "half_life_fraction=0"),
+        (lambda: presets.torchtitan(start_step=-1), "start_step=-1"),
+        (lambda: presets.torchtitan(step_bias=0.5), r"step_bias=0\.5"),
+        (lambda: presets.torchtitan(update_every_n_steps=0), "update_every_n_steps=0"),
+        (lambda: presets.bema(0), "update_freq=0"),
+        (lambda: presets.bema(ema_power=-1), "ema_power=-1"),
+        (lambda: presets.bema(lag=0), "lag=0"),
+        (lambda: presets.bema(update_after=-1), "update_after=-1"),
+        (lambda: presets.bema(multiplier=0), "multiplier=0"),
+        (lambda: presets.bema(min_ema_multiplier=2), "min_ema_multiplier=2"),
         (lambda: presets.optax(-0.1), r"step_size=-0\.1"),
         (lambda: presets.nnx(1.1), r"decay=1\.1"),
     ],
@@ -278,4 +344,4 @@ def test_the_documentation_runs_and_has_every_preset_with_its_version():
     for name in PRESETS:
         assert f"| `{name}(" in text
     for library, version in RECORDED["versions"].items():
-        assert library == "edm2" or f" {version} |" in text
+        assert library in ("edm2", "torchtitan") or f" {version} |" in text
