@@ -252,7 +252,8 @@ def _no_part(average: Found, nodes: set[KeyPath], leaves: dict[KeyPath, Any]) ->
         )
     above = [node for node in nodes if all((*node, *path) in leaves for path in averaged)]
     # the nearest ones: a whole TrainState has the same names again in the slots of its optimizer
-    above = sorted(node for node in above if len(node) == min(map(len, above)))
+    shortest = min(map(len, above), default=0)
+    above = sorted(node for node in above if len(node) == shortest)
     if len(above) > 1:
         return (
             f"params has the leaves that opt_state averages below each of {_quoted(above)}, and "
