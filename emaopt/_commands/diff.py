@@ -25,7 +25,7 @@ from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast
 
 from . import paths, safetensors
-from .convert.layout import Form, in_tf1
+from .convert.layout import Form, in_tf1, with_residue
 from .paths import Path
 from .progress import watched
 
@@ -166,12 +166,26 @@ def _as_stored(path: Path) -> Side:
     return _in_orbax(stored, dict(sorted(by_name.items())))
 
 
-def _in_orbax(stored: Stored, at: dict[str, KeyPath]) -> Side:
-    """Return some leaves of a checkpoint of Orbax. `at`: their key paths, by name."""
+def _in_orbax(
+    stored: Stored, at: dict[str, KeyPath], residues: dict[str, KeyPath] | None = None
+) -> Side:
+    """Return some leaves of a checkpoint of Orbax.
+
+    Args:
+        stored: The checkpoint.
+        at: Their key paths, by name.
+        residues: What is added to some of them, by name.
+    """
+    added = residues or {}
 
     def read(names):
-        values = stored.read({at[name] for name in names})
-        return {name: values[at[name]] for name in names}
+        values = stored.read({part[name] for part in (at, added) for name in names if name in part})
+        found = {name: values[at[name]] for name in names}
+        for name in names:
+            if name in added:
+                residue = np.asarray(values[added[name]])
+                found[name] = with_residue(np.asarray(found[name]), residue)
+        return found
 
     leaves = {name: stored.leaf(path) for name, path in at.items()}
     return Side({name: size(shape(x), dtype_of(x)) for name, x in leaves.items()}, read)
@@ -217,19 +231,21 @@ def _averages_of_orbax(path: Path) -> tuple[Side, Side]:
     stored = Stored(locate(path, None))
     contents = stored.contents
     pairs = [
-        (average.at, name, at)
+        (average, name, at)
         for average in contents.averages.values()
         for name, at in average.leaves.items()
         if name in contents.params
     ]
     times = Counter(name for _, name, _ in pairs)
-    averaged, parameters = {}, {}
-    for node, name, at in pairs:
+    averaged, residues, parameters = {}, {}, {}
+    for average, name, at in pairs:
         # of several averages, each is called by where it is
-        called = "/".join(name if times[name] == 1 else (*node, *name))
+        called = "/".join(name if times[name] == 1 else (*average.at, *name))
         averaged[called], parameters[called] = at, contents.params[name]
+        if name in average.residues:
+            residues[called] = average.residues[name]
     _check_any(averaged, path)
-    return _in_orbax(stored, averaged), _in_orbax(stored, parameters)
+    return _in_orbax(stored, averaged, residues), _in_orbax(stored, parameters)
 
 
 def _check_any(found: dict[str, Any], path: Path) -> None:

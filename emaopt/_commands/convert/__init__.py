@@ -42,7 +42,7 @@ from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast, check_prefix, write
 
-from .layout import Form, Origin, in_orbax, in_tf1
+from .layout import Form, Origin, in_orbax, in_tf1, with_residue
 
 
 BYTES_AT_ONCE = 2**26  # that are read, or written, at once
@@ -187,10 +187,13 @@ def _check_one_step(stored: Stored, steps: list[KeyPath]) -> None:
 
 def _read(stored: Stored, variables: dict[str, Origin]) -> dict[str, np.ndarray]:
     """Read the values of some variables, and verify them."""
-    loaded = stored.read(path for path, _ in variables.values())
+    origins = variables.values()
+    loaded = stored.read(at for o in origins for at in (o.path, o.residue) if at is not None)
     values = {}
-    for name, (path, dtype) in variables.items():
+    for name, (path, dtype, residue) in variables.items():
         value = np.asarray(loaded.pop(path))
+        if residue is not None:
+            value = with_residue(value, np.asarray(loaded.pop(residue)))
         exact = cast(value, dtype)
         values[name] = value if exact is None else exact
     return values

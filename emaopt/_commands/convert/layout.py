@@ -12,7 +12,7 @@ from emaopt._average.ema import EmaState, SwappedEmaState
 from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role, variable_of
 from emaopt._optimizers.builder import OptimizerState
 from emaopt._tree.checks import DEEPEST
-from emaopt._tree.numbers import dtype_of
+from emaopt._tree.numbers import dtype_of, wide
 from emaopt._tree.paths import KeyPath, Tree
 from emaopt.checkpoint._contents import DIGESTS, SHADOW, STEP, SWAPPED
 from emaopt.checkpoint._leaf import shape
@@ -36,10 +36,14 @@ class Form(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """The leaf that a variable of TF1 is written from, and its dtype if that loses no bit."""
+    """The leaf that a variable of TF1 is written from, and its dtype if that loses no bit.
+
+    `residue`: a leaf that is added to it, what `compensated` keeps beside an average.
+    """
 
     path: KeyPath
     dtype: np.dtype
+    residue: KeyPath | None = None
 
 
 def in_orbax(stored: Collection[str], form: Form) -> dict[str, KeyPath]:
@@ -112,7 +116,7 @@ def in_tf1(stored: Stored, form: Form) -> tuple[dict[str, Origin], list[KeyPath]
     if form.averages:
         places = stored.contents.places(list(stored.contents.stored_params), None)
         return {
-            "/".join(name): Origin(place.path, dtype_of(stored.leaf(place.param)))
+            "/".join(name): Origin(place.path, dtype_of(stored.leaf(place.param)), place.residue)
             for name, place in places.items()
         }, []
     if ITEM in stored.items:
@@ -130,6 +134,12 @@ def in_tf1(stored: Stored, form: Form) -> tuple[dict[str, Origin], list[KeyPath]
     if form.swapped:
         swap_names(found, averages)
     return found, steps
+
+
+def with_residue(value: np.ndarray, residue: np.ndarray) -> np.ndarray:
+    """Return an average of `compensated`, as `emaopt.average` returns it."""
+    dtype = wide(value.dtype)
+    return value.astype(dtype) + residue.astype(dtype)
 
 
 def _averages(stored: Collection[str], form: Form) -> dict[str, str]:

@@ -179,6 +179,15 @@ def test_a_checkpoint_of_emaopt_becomes_what_tf1_save_writes(
     }
 
 
+def test_an_average_of_16_bits_is_written_with_its_residue(tmp_path):
+    params = {"w": jnp.linspace(1.0, 2.0, 50)}
+    opt_state = emaopt.ema(0.9, accumulator_dtype=EXACT).init(params)
+    ocp.save_checkpointables(tmp_path / "x", {"params": params, "opt_state": opt_state})
+    main(["convert", "--averages", str(tmp_path / "x"), str(tmp_path / "averages")])
+    wanted = np.asarray(emaopt.average(params, opt_state)["w"])
+    assert stored(tmp_path / "averages") == {"w": (wanted.dtype, wanted.shape, wanted.tobytes())}
+
+
 def test_the_average_of_an_integer_is_its_variable(orbax, tmp_path):
     main(["convert", str(orbax / "integer"), str(tmp_path / "tf1")])
     assert set(stored(tmp_path / "tf1")) == {"w", "n", "global_step", emaopt.average_name("w")}

@@ -287,6 +287,17 @@ def test_without_tensorflow_what_to_install_is_told(run, capsys, monkeypatch):
     assert 'tensorflow is not installed. pip install "emaopt[tf1]"' in capsys.readouterr().err
 
 
+def test_an_average_of_16_bits_is_compared_with_its_residue(tmp_path, capsys):
+    params = {"w": jnp.linspace(1.0, 2.0, 50)}
+    exact = emaopt.compensated(jnp.bfloat16)
+    ocp.save_checkpointables(
+        tmp_path / "x",
+        {"params": params, "opt_state": emaopt.ema(0.9, accumulator_dtype=exact).init(params)},
+    )
+    _, shown, _ = in_json(capsys, tmp_path / "x")
+    assert 0 < shown["total"]["relative"] < 2**-16  # 2**-9 without
+
+
 def test_leaves_whose_names_would_be_the_same_are_both_compared(tmp_path, capsys):
     for side, values in (("a", (0.0, 5.0)), ("b", (100.0, 5.0))):
         inner, outer = (np.full(2, value) for value in values)
