@@ -18,8 +18,8 @@ from emaopt._names import AVERAGE, origin
 from emaopt._tree.checks import describe, printable
 from emaopt._tree.numbers import dtype_of, is_inexact
 from emaopt._tree.paths import KeyPath
-from emaopt.checkpoint._contents import DIGESTS
 from emaopt.checkpoint._leaf import parts, shape, size
+from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast

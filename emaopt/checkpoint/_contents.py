@@ -7,43 +7,27 @@ averages were saved swapped with the parameters, the swap is undone here, and no
 from collections import Counter
 from collections.abc import Collection, Iterable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from emaopt._tree.paths import KeyPath, called
 
 from ._errors import MismatchError, few
+from ._place import (
+    DIGESTS,
+    EXPORTED,
+    FIELDS,
+    LEDGER,
+    NOW,
+    RESIDUE,
+    ROWS,
+    SHADOW,
+    STEP,
+    SWAPPED,
+    THEN,
+    Average,
+    Place,
+)
 from ._trees import logical
-
-
-DIGESTS = "digests"  # the item with one number per leaf
-STAMP = "stamp"  # a leaf of it: which save, of which step
-EXPORTED = {"params", DIGESTS}  # the items of a checkpoint that holds averages alone
-SHADOW, STEP, RESIDUE, LEDGER, SWAPPED = "shadow", "step", "residue", "ledger", "emaopt_swapped"
-# the fields of an average; "other" stands beside one that `emaopt convert` wrote
-_FIELDS = {SHADOW, STEP, RESIDUE, LEDGER, SWAPPED, "other"}
-
-
-class Average(NamedTuple):
-    """One average: where its node is, whether it is swapped, and where its values are on disk.
-
-    `leaves`: by the name of the parameter, the averaged value (in `params`, if it is swapped).
-    `residues`: by the same name, what `compensated` keeps beside the value, to be added.
-    `scalars`: `step`, and the numbers of a ledger, `ledger/age`.
-    """
-
-    at: KeyPath
-    swapped: bool
-    leaves: dict[KeyPath, KeyPath]
-    residues: dict[KeyPath, KeyPath]
-    scalars: dict[str, KeyPath]
-
-
-class Place(NamedTuple):
-    """Where the average of a leaf is on disk, what is added to it, and where its parameter is."""
-
-    path: KeyPath
-    residue: KeyPath | None
-    param: KeyPath
 
 
 class Contents:
@@ -153,7 +137,9 @@ class Contents:
             if holders and own is not None:
                 (average,) = holders
                 value = average.leaves[own]
-                places[leaf] = Place(value, average.residues.get(own), param or value)
+                then = average.rested.get(own)
+                now = average.scalars[f"{ROWS}/{NOW}"] if then else None
+                places[leaf] = Place(value, average.residues.get(own), param or value, now, then)
             elif param is not None:
                 places[leaf] = Place(param, None, param)
         return places
@@ -169,7 +155,7 @@ class Contents:
             field, *own = path[len(node) :]
             leaf = "/".join(self._named(node, tuple(own)))
             of_leaf = {SHADOW: "raw parameter" if average.swapped else "average", RESIDUE: RESIDUE}
-            of_all = {STEP: "global step", SWAPPED: "mark of a swap", LEDGER: "ledger"}
+            of_all = {STEP: "global step", SWAPPED: "mark of a swap", LEDGER: LEDGER, ROWS: ROWS}
             if field in of_leaf:
                 return f"{of_leaf[field]} of {leaf}"
             if field in of_all:
@@ -198,7 +184,7 @@ class Contents:
             node = next((node for node in nodes if node in stepped), None)  # the outermost one
             if node is not None:
                 leaves.setdefault(node, []).append(path[len(node) + 1 :])
-        strange = {p[:i] for p in self.index for i, key in enumerate(p) if key not in _FIELDS}
+        strange = {p[:i] for p in self.index for i, key in enumerate(p) if key not in FIELDS}
         nodes = sorted(node for node in leaves if node not in strange)
         # parameters may be called `shadow` and `step` as well
         nodes = [node for node in nodes if "params" not in node] or nodes
@@ -244,19 +230,22 @@ class Contents:
 
     def _average(self, node: KeyPath) -> Average:
         swapped = self._is_swapped(node)
-        leaves, residues = {}, {}
+        leaves, residues, rested = {}, {}, {}
         for own in self._shadows[node]:
             name = self._named(node, own)
             in_shadow = self.index[(*node, SHADOW, *own)]
             leaves[name] = self.stored_params.get(name, in_shadow) if swapped else in_shadow
             if (*node, RESIDUE, *own) in self.index:
                 residues[name] = self.index[(*node, RESIDUE, *own)]
+            if (*node, ROWS, THEN, *own) in self.index and not swapped:
+                rested[name] = self.index[(*node, ROWS, THEN, *own)]
         scalars = {
             "/".join(path[len(node) :]): at
             for path, at in self.index.items()
-            if _is_in(path, node) and path[len(node)] in (STEP, LEDGER)
+            if _is_in(path, node)
+            and (path[len(node)] in (STEP, LEDGER) or path[len(node) :] == (ROWS, NOW))
         }
-        return Average(node, swapped, leaves, residues, scalars)
+        return Average(node, swapped, leaves, residues, scalars, rested)
 
     def _is_swapped(self, node: KeyPath) -> bool:
         return (*node, SWAPPED) in self.index

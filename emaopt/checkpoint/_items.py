@@ -13,9 +13,9 @@ from emaopt._average.find import averages, swap
 from emaopt._tree.checks import written_names
 from emaopt._tree.paths import Tree
 
-from ._contents import DIGESTS, STAMP
 from ._digest import digests
 from ._leaf import savable
+from ._place import DIGESTS, STAMP
 from ._trees import leaves_by_path, plain, without_model
 
 

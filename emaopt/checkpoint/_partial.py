@@ -17,9 +17,10 @@ from emaopt._tree.checks import check_array, describe
 from emaopt._tree.numbers import is_inexact, wide
 from emaopt._tree.paths import KeyPath, Tree
 
-from ._contents import LEDGER, RESIDUE, SHADOW, STEP, Average, Contents, Place
+from ._contents import Contents
 from ._errors import MismatchError, few, missing
 from ._leaf import same_kind, shape
+from ._place import LEDGER, RESIDUE, SHADOW, STEP, Average, Place
 from ._stored import Stored
 from ._trees import leaves_by_path, logical, named_leaves
 

@@ -8,9 +8,9 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._average.find import average_paths, averages, swap
 from emaopt._tree.paths import KeyPath, Params, State, Tree
 
-from ._contents import SWAPPED
 from ._errors import MismatchError
 from ._partial import restore_part
+from ._place import SWAPPED
 from ._run import check_checkpointer, is_finished, pick
 from ._stored import Stored
 from ._trees import with_model, without_model

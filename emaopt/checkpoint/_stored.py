@@ -13,14 +13,14 @@ import numpy as np
 from etils.epath import Path
 
 from emaopt._tree.checks import check_array, describe, printable
-from emaopt._tree.numbers import wide
 from emaopt._tree.paths import KeyPath, Tree
 
-from ._contents import DIGESTS, STAMP, Contents, Place
+from ._contents import Contents
 from ._digest import damaged
 from ._errors import DamagedError, MismatchError, cause, few, missing, shortened
 from ._item import METADATA, Item, LeafError, read_json
 from ._leaf import HOST, Target, is_key, like_leaf, same_kind, shape, target_of
+from ._place import DIGESTS, STAMP, Place, evaluated
 from ._run import FINISHED, is_finished
 from ._trees import leaves_by_path, logical, named_leaves
 
@@ -139,9 +139,9 @@ class Stored:
         forms = self.forms({path for place in places.values() for path in place if path})
         wrong = []
         for leaf_name, leaf in there.items():
-            path, _, param = places[leaf_name]
-            also = leaf if cast else forms[param]
-            wrong.append(self.differs(path, leaf, forms[path], also))
+            place = places[leaf_name]
+            also = leaf if cast else forms[place.param]
+            wrong.append(self.differs(place.path, leaf, forms[place.path], also))
         known = [logical(path[1:]) for path in self.paths()] if len(there) < len(wanted) else []
         self.refuse(
             missing([leaf_name for leaf_name in wanted if leaf_name not in places], known),
@@ -274,21 +274,17 @@ class Stored:
             )
 
     def _averages(self, wanted: dict[Any, tuple[Place, Any]], forms: dict) -> dict[Any, Any]:
-        """Averages, each where its template is; the residue of a compensated sum is added."""
+        """Averages, each where its template is: with their residues, and with rows up to date."""
         targets: dict[KeyPath, Target] = {}
         for place, leaf in wanted.values():
+            if place.then is not None:
+                targets |= dict.fromkeys([path for path in place if path is not None], HOST)
+                continue
             for path in (place.path, place.residue):
                 if path is not None:
                     targets[path] = target_of(leaf, forms[path])
         values = self._read(targets)
-        found = {}
-        for key, (place, _) in wanted.items():
-            value = values[place.path]
-            if place.residue is not None:
-                dtype = wide(value.dtype)
-                value = value.astype(dtype) + values[place.residue].astype(dtype)
-            found[key] = value
-        return found
+        return {key: evaluated(place, values) for key, (place, _) in wanted.items()}
 
     def _like(self, value: Any, leaf: Any, path: KeyPath) -> Any:
         impl = self.items[path[0]].key_impl(path[1:]) if is_key(leaf) else None

@@ -46,7 +46,7 @@ FLOORS = {
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
-    "checkpoint": "_errors _leaf _digest _run _trees | _contents _item | _stored _items"
+    "checkpoint": "_errors _leaf _digest _place _run _trees | _contents _item | _stored _items"
     " | _partial _export _watch | _resume | __init__",
     "presets": "_common | _tensorflow _pytorch _trainers _jax | __init__",
     "posthoc": "_fit _sum | __init__",

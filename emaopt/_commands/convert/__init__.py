@@ -34,10 +34,10 @@ from emaopt._commands.paths import (
 from emaopt._commands.progress import watched
 from emaopt._names import AVERAGE
 from emaopt._tree.paths import KeyPath, Tree
-from emaopt.checkpoint._contents import DIGESTS
 from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._items import checked, inventory
 from emaopt.checkpoint._leaf import parts, shape, size
+from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast, check_prefix, write

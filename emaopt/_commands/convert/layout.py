@@ -14,8 +14,8 @@ from emaopt._optimizers.builder import OptimizerState
 from emaopt._tree.checks import DEEPEST
 from emaopt._tree.numbers import dtype_of, wide
 from emaopt._tree.paths import KeyPath, Tree
-from emaopt.checkpoint._contents import DIGESTS, SHADOW, STEP, SWAPPED
 from emaopt.checkpoint._leaf import shape
+from emaopt.checkpoint._place import DIGESTS, SHADOW, STEP, SWAPPED
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._rename import name_of_average
 

@@ -3,7 +3,8 @@
 import pytest
 
 from emaopt.checkpoint import MismatchError
-from emaopt.checkpoint._contents import Average, Contents, Place
+from emaopt.checkpoint._contents import Contents
+from emaopt.checkpoint._place import Average, Place
 
 
 def contents(*names):
@@ -36,6 +37,7 @@ def test_a_swap_is_undone():
             "step": ("opt_state", "1", "step"),
             "ledger/age": ("opt_state", "1", "ledger", "age"),
         },
+        rested={},
     )
     assert SWAPPED.averages == {("opt_state", "1"): average}
     assert SWAPPED.called(None) == SWAPPED.called("1") == SWAPPED.called("ema") == [average]

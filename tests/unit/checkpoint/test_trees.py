@@ -212,3 +212,28 @@ def test_two_networks_in_one_state(tmp_path):
         checkpoint.save(checkpointer, 2, params, opt_state | {"disc": TX.init(params["disc"])[0]})
     same(checkpoint.restore_averages(tmp_path, like=params, step=1), want)
     same(checkpoint.restore_averages(tmp_path, like=params), want | {"disc": params["disc"]})
+
+
+@pytest.mark.parametrize("name", [None, "slow"])
+@pytest.mark.parametrize("dtype", [None, emaopt.compensated()])
+def test_rows_that_have_rested_are_brought_up_to_date(name, dtype, tmp_path):
+    def ema(decay):
+        return emaopt.ema(decay, rows={"table": True, "w": False}, accumulator_dtype=dtype)
+
+    tx = optax.named_chain(("sgd", optax.sgd(0.1)), ("fast", ema(0.5)), ("slow", ema(0.9)))
+    params = {"table": jnp.arange(8.0).reshape(4, 2), "w": jnp.ones(2)}
+    opt_state = tx.init(params)
+    for ids in ([0, 1], [1, 2], [1]):
+        tables = {"table": emaopt.rows(jnp.array(ids))}
+        small, state = emaopt.take((params, opt_state), tables)
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, small), state, small)
+        whole = (optax.apply_updates(small, updates), state)
+        params, opt_state = emaopt.put((params, opt_state), whole, tables)
+    with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpoint.save(checkpointer, 1, params, opt_state, name="fast")
+        got = checkpoint.resume(checkpointer, params, tx.init(params))
+    same(got[0], params)
+    want = emaopt.average(params, opt_state, name or "fast")
+    same(checkpoint.restore_averages(tmp_path / "run", like=params, name=name), want)
+    host = jax.tree.map(np.asarray, params)
+    same(checkpoint.restore_averages(tmp_path / "run", like=host, name=name), want)

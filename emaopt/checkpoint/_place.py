@@ -1,0 +1,73 @@
+"""Where an average lies on disk, and its value from the parts that are stored of it."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from emaopt._average.ema import EmaState
+from emaopt._average.lazy import Rested, settled
+from emaopt._tree.numbers import wide
+from emaopt._tree.paths import KeyPath
+
+
+DIGESTS = "digests"  # the item with one number per leaf
+STAMP = "stamp"  # a leaf of it: which save, of which step
+EXPORTED = {"params", DIGESTS}  # the items of a checkpoint that holds averages alone
+SHADOW, STEP, RESIDUE, LEDGER, SWAPPED = "shadow", "step", "residue", "ledger", "emaopt_swapped"
+ROWS, NOW, THEN = "rows", "now", "then"
+# the fields of an average; "other" stands beside one that `emaopt convert` wrote
+FIELDS = {SHADOW, STEP, RESIDUE, LEDGER, ROWS, SWAPPED, "other"}
+
+
+class Average(NamedTuple):
+    """One average: where its node is, whether it is swapped, and where its values are on disk.
+
+    `leaves`: by the name of the parameter, the averaged value (in `params`, if it is swapped).
+    `residues`: by the same name, what `compensated` keeps beside the value, to be added.
+    `rested`: by the name of a table, of `ema(rows=mask)` that is not swapped, when its rows were
+    last touched. `scalars`: `step`, the numbers of a ledger, `ledger/age`, and `rows/now`.
+    """
+
+    at: KeyPath
+    swapped: bool
+    leaves: dict[KeyPath, KeyPath]
+    residues: dict[KeyPath, KeyPath]
+    scalars: dict[str, KeyPath]
+    rested: dict[KeyPath, KeyPath]
+
+
+class Place(NamedTuple):
+    """Where the average of a leaf is on disk, what is added to it, and where its parameter is.
+
+    `now` and `then`: of a table whose rows are averaged lazily, the times that say how far the
+    average of each row has come to the parameter since.
+    """
+
+    path: KeyPath
+    residue: KeyPath | None
+    param: KeyPath
+    now: KeyPath | None = None
+    then: KeyPath | None = None
+
+
+def evaluated(place: Place, values: dict[KeyPath, Any]) -> Any:
+    """Return an average as `emaopt.average` evaluates it: its residue added, its rows up to date.
+
+    Args:
+        place: where its parts are.
+        values: these parts, by path.
+    """
+    value = values[place.path]
+    residue = None if place.residue is None else values[place.residue]
+    if place.now is not None and place.then is not None:
+        own = {} if residue is None else {"": residue}
+        rested = Rested(values[place.now], {"": values[place.then]})
+        state = EmaState(jnp.int32(0), {"": value}, own or None, None, rested)
+        state = settled({("",): values[place.param]}, state)
+        value = np.asarray(state.shadow[""])
+        residue = None if residue is None else np.asarray(state.residue[""])
+    if residue is None:
+        return value
+    dtype = wide(value.dtype)
+    return value.astype(dtype) + residue.astype(dtype)
