@@ -418,7 +418,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_one_would_try_says_what_to_write(mistake):
+def test_a_likely_mistake_with_a_framework_raises_and_names_the_fix(mistake):
     call, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=f"(?s)^{message}"):
         call()

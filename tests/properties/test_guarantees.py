@@ -1,4 +1,4 @@
-"""What an average guarantees, G1 to G10, and what went wrong with averages elsewhere."""
+"""What an average guarantees, and what went wrong with averages elsewhere."""
 
 import functools
 import re
@@ -48,11 +48,11 @@ DECAYS = {
 }
 
 
-# G1: the average is of the weights after the update, rounded exactly as apply_updates rounds them
+# The average is of the weights after the update, rounded exactly as apply_updates rounds them
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_G1_the_average_is_of_the_parameters_that_the_update_leads_to(dtype):
+def test_the_average_is_of_the_parameters_that_the_update_leads_to(dtype):
     params = params_of(dtype)
     copies = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(emaopt.after(100, 0.9)))
     opt_state = copies.init(params)
@@ -62,7 +62,7 @@ def test_G1_the_average_is_of_the_parameters_that_the_update_leads_to(dtype):
         bitwise(shadow, jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
 
-# G2: it ticks if and only if the weights stepped
+# The average ticks if and only if the weights stepped
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_G1_the_average_is_of_the_parameters_that_the_update_leads_to(dtype):
     ],
     ids=["plain", "accumulated", "finite", "accumulated_and_finite"],
 )
-def test_G2_it_ticks_if_and_only_if_the_weights_stepped(wrap, bad, ticks):
+def test_the_average_ticks_if_and_only_if_the_weights_stepped(wrap, bad, ticks):
     tx = wrap(optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(emaopt.power(0))))
     params, stepped = {"w": jnp.ones(2)}, []
     opt_state = tx.init(params)
@@ -97,13 +97,13 @@ def test_G2_it_ticks_if_and_only_if_the_weights_stepped(wrap, bad, ticks):
     )
 
 
-# G3: the average of a constant is that constant, bit for bit; its dtype never changes; it can be
+# The average of a constant is that constant, bit for bit; its dtype never changes; it can be
 # scanned and donated
 
 
 @pytest.mark.parametrize("name", DECAYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_G3_the_average_of_a_constant_is_bitwise_that_constant(name, dtype):
+def test_the_average_of_a_constant_is_bitwise_that_constant(name, dtype):
     mean = emaopt.moving_average(DECAYS[name], accumulator_dtype=dtype)
     values = jax.random.normal(jax.random.key(1), (100,), dtype)
     many = jax.jit(
@@ -114,7 +114,7 @@ def test_G3_the_average_of_a_constant_is_bitwise_that_constant(name, dtype):
 
 @pytest.mark.parametrize("name", DECAYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_G3_no_dtype_changes_after_init(name, dtype):
+def test_no_dtype_of_the_state_changes_after_init(name, dtype):
     tx = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(DECAYS[name]))
     params = params_of(dtype)
     carry = params, tx.init(params)
@@ -123,7 +123,7 @@ def test_G3_no_dtype_changes_after_init(name, dtype):
     assert jax.tree.map(form, after) == jax.tree.map(form, jax.eval_shape(lambda: carry))
 
 
-def test_G3_parameters_and_state_can_be_donated_together():
+def test_parameters_and_state_can_be_donated_together():
     tx = optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(0.9))
     donated = jax.jit(functools.partial(step.__wrapped__, tx), donate_argnums=(0, 1))
     params = params_of()
@@ -132,7 +132,7 @@ def test_G3_parameters_and_state_can_be_donated_together():
     assert params["w"].is_deleted()
 
 
-def test_G3_init_copies_every_leaf():
+def test_init_copies_every_leaf():
     values = params_of() | {"int": jnp.int32(3), "key": jax.random.key(0)}
     state = emaopt.moving_average(0.9).init(values)
     # donating a buffer twice is an error
@@ -140,10 +140,10 @@ def test_G3_init_copies_every_leaf():
     assert all(x.is_deleted() for x in jax.tree.leaves((values, state.shadow)))
 
 
-# G4: float32 for halves; integers, booleans and keys are carried; absent leaves pass
+# Float32 for halves; integers, booleans and keys are carried; absent leaves pass
 
 
-def test_G4_each_leaf_is_kept_in_the_form_that_suits_it():
+def test_each_leaf_is_kept_in_the_form_that_suits_it():
     params = {
         "bf16": jnp.ones(2, jnp.bfloat16),
         "f16": jnp.ones(2, jnp.float16),
@@ -167,11 +167,11 @@ def test_G4_each_leaf_is_kept_in_the_form_that_suits_it():
     assert shadow["masked"] == optax.MaskedNode()
 
 
-# G5: the shadow is sharded as the parameters are, and the update sends nothing
+# The shadow is sharded as the parameters are, and the update sends nothing
 
 
 @pytest.mark.parametrize("name", DECAYS)
-def test_G5_averaging_is_local_to_every_device(name):
+def test_averaging_is_local_to_every_device(name):
     sharding = NamedSharding(jax.make_mesh((8,), ("x",)), P("x"))
     params = jax.device_put(jnp.arange(16.0), sharding)
     tx = emaopt.ema(DECAYS[name])
@@ -182,7 +182,7 @@ def test_G5_averaging_is_local_to_every_device(name):
     assert opt_state.shadow.sharding.is_equivalent_to(sharding, 1)
 
 
-# G6: save, restore, continue is bitwise the run that was not interrupted
+# Save, restore, continue is bitwise the run that was not interrupted
 
 
 def save(path, params, opt_state):
@@ -201,7 +201,7 @@ def restore(path, params, opt_state):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stop", [0, 2, 7], ids=["fresh", "before_the_start", "after_the_start"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_G6_a_resumed_run_is_bitwise_the_uninterrupted_one(dtype, stop, masked, tmp_path):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(dtype, stop, masked, tmp_path):
     mean = emaopt.ema(emaopt.after(4, emaopt.warmup(0.99)))
     mean = optax.masked(mean, emaopt.matching("w")) if masked else mean
     tx = optax.chain(emaopt.clip_by_global_norm(1.0), emaopt.adam(0.1), mean)
@@ -217,7 +217,7 @@ def test_G6_a_resumed_run_is_bitwise_the_uninterrupted_one(dtype, stop, masked, 
     bitwise(train(tx, resumed[0], grads[stop:], resumed[1]), uninterrupted)
 
 
-def test_G6_under_the_original_names_stand_the_averages(tmp_path):
+def test_under_the_original_names_stand_the_averages(tmp_path):
     tx = optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(0.9))
     params, opt_state = train(tx, params_of(), grads_of(params_of(), 3))
     save(tmp_path / "checkpoint", params, opt_state)
@@ -226,7 +226,7 @@ def test_G6_under_the_original_names_stand_the_averages(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*never awaited:pytest.PytestUnraisableExceptionWarning")
-def test_G6_a_missing_shadow_is_an_error(tmp_path):
+def test_a_missing_shadow_is_an_error(tmp_path):
     params = params_of()
     without = optax.chain(emaopt.gradient_descent(0.1), optax.identity())
     tx = optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(0.9))
@@ -241,7 +241,7 @@ def test_G6_a_missing_shadow_is_an_error(tmp_path):
             call(params, without.init(params))
 
 
-def test_G6_a_swapped_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
+def test_a_swapped_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
     tx = optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(0.9))
     params = params_of()
     save(tmp_path / "checkpoint", params, tx.init(params))
@@ -249,12 +249,12 @@ def test_G6_a_swapped_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
         ocp.load(tmp_path / "checkpoint", tx.init(params), checkpointable_name="opt_state")
 
 
-# G7: a step that is not finite leaves the average finite
+# A step that is not finite leaves the average finite
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
-def test_G7_a_step_that_is_not_finite_leaves_no_trace(bad, clip):
+def test_a_step_that_is_not_finite_leaves_no_trace(bad, clip):
     links = [emaopt.momentum(0.1, 0.9), emaopt.ema(emaopt.warmup(0.99))]
     tx = optax.apply_if_finite(
         optax.chain(*([emaopt.clip_by_global_norm(1.0)] if clip else []), *links), 3
@@ -269,7 +269,7 @@ def test_G7_a_step_that_is_not_finite_leaves_no_trace(bad, clip):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(the_average(opt_state).shadow))
 
 
-# G8: an average that updates every k steps, or that starts late, has the length that was asked for
+# An average that updates every k steps, or that starts late, has the length that was asked for
 
 
 def kept(decay, first, last):
@@ -284,7 +284,7 @@ def kept(decay, first, last):
 
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
 @pytest.mark.parametrize("start", [0, 20])
-def test_G8_the_length_does_not_depend_on_the_interval_or_the_start(k, start):
+def test_the_length_does_not_depend_on_the_interval_or_the_start(k, start):
     half = emaopt.after(start, emaopt.every(k, emaopt.half_life(100)))
     np.testing.assert_allclose(kept(half, start, start + 100), 0.5, rtol=1e-5)
     constant = emaopt.after(start, emaopt.every(k, 0.99))
@@ -295,7 +295,7 @@ def test_G8_the_length_does_not_depend_on_the_interval_or_the_start(k, start):
 
 
 @pytest.mark.parametrize("k", [2, 5])
-def test_G8_every_k_with_power_is_the_power_average_of_every_kth_value(k):
+def test_every_k_with_power_is_the_power_average_of_every_kth_value(k):
     mean = emaopt.moving_average(emaopt.every(k, emaopt.power(2.0)))
     values = jax.random.normal(jax.random.key(2), (41,))
     state, _ = jax.lax.scan(
@@ -305,10 +305,10 @@ def test_G8_every_k_with_power_is_the_power_average_of_every_kth_value(k):
     np.testing.assert_allclose(state.shadow, expected, rtol=1e-5)
 
 
-# G9: an average that is off costs nothing
+# An average that is off costs nothing
 
 
-def test_G9_an_average_that_is_off_costs_no_bytes():
+def test_an_average_that_is_off_costs_no_bytes():
     params = {"w": jnp.ones((64, 64))}
     none = jax.tree.map(lambda _: False, params)
     off = optax.partition({"off": emaopt.ema(0.9), "on": optax.identity()}, {"w": "on"})
@@ -320,10 +320,10 @@ def test_G9_an_average_that_is_off_costs_no_bytes():
     assert nbytes(on.init(params)) == nbytes(params) + counter
 
 
-# G10: the swap is functional and loses nothing; an exception needs no undoing
+# The swap is functional and loses nothing; an exception needs no undoing
 
 
-def test_G10_an_evaluation_that_fails_changes_nothing():
+def test_an_evaluation_that_fails_changes_nothing():
     tx = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(0.9))
     grads = grads_of(params_of(), 6)
     expected = train(tx, params_of(), grads)
@@ -343,7 +343,7 @@ def test_G10_an_evaluation_that_fails_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_G10_swapping_twice_gives_the_same_bits(dtype):
+def test_swapping_twice_gives_the_same_bits(dtype):
     tx = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(0.9))
     state = train(tx, params_of(dtype), grads_of(params_of(dtype), 5))
     bitwise(emaopt.swap(*emaopt.swap(*state)), state)

@@ -178,8 +178,9 @@ TYPES = {"DecayLike", "LearningRate"}  # other names for types have no docstring
 @pytest.mark.parametrize("name", sorted(EXPORTED - TYPES))
 def test_a_public_name_has_a_docstring_with_an_example(name):
     value = getattr(emaopt, name)
-    assert value.__doc__
     record = isinstance(value, type) and issubclass(value, tuple)
+    assert value.__doc__
+    assert not value.__doc__.startswith(f"{name}(")  # what Python says of a record by itself
     assert record or ">>>" in value.__doc__
 
 

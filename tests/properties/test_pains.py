@@ -1,5 +1,8 @@
 """What went wrong with averages in other libraries: each has a test, here or where it belongs."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import optax
 import pytest
 from compare import bitwise
 from flax import nnx
-from folders import TESTS
+from folders import ROOT, TESTS
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
@@ -24,7 +27,7 @@ ELSEWHERE = {
         "test_presets.py::test_in_bfloat16_the_library_stands_still_and_the_preset_does_not",
     ],
     "frozen weights shrink: the form d * e + (1 - d) * w has another fixed point": [
-        "test_guarantees.py::test_G3_the_average_of_a_constant_is_bitwise_that_constant",
+        "test_guarantees.py::test_the_average_of_a_constant_is_bitwise_that_constant",
     ],
     "float32 stalls late in training": [
         "test_rounding.py::test_rounded_to_nearest_a_small_gap_is_never_closed",
@@ -46,28 +49,28 @@ ELSEWHERE = {
     ],
     "swapping by sums loses digits: TFA, Keras": [
         "test_ema.py::test_swap_loses_nothing_where_sums_would",
-        "test_guarantees.py::test_G10_swapping_twice_gives_the_same_bits",
+        "test_guarantees.py::test_swapping_twice_gives_the_same_bits",
     ],
     "the interval changes the length: ema_pytorch's Karras, OneTrainer, composer": [
         "test_presets.py::test_karras_is_as_wide_as_asked_for_whatever_update_every",
-        "test_guarantees.py::test_G8_the_length_does_not_depend_on_the_interval_or_the_start",
+        "test_guarantees.py::test_the_length_does_not_depend_on_the_interval_or_the_start",
     ],
     "snapshots later than the target, factors that do not add up to one: ema_pytorch": [
         "test_posthoc.py::test_factors_add_up_to_one_unless_told_otherwise",
     ],
     "the state changes its dtype at the first update and cannot be scanned: kauldron": [
-        "test_guarantees.py::test_G3_no_dtype_changes_after_init",
+        "test_guarantees.py::test_no_dtype_of_the_state_changes_after_init",
     ],
     "parameters and state cannot be donated together: kauldron, flax, liesel": [
-        "test_guarantees.py::test_G3_parameters_and_state_can_be_donated_together",
-        "test_guarantees.py::test_G3_init_copies_every_leaf",
+        "test_guarantees.py::test_parameters_and_state_can_be_donated_together",
+        "test_guarantees.py::test_init_copies_every_leaf",
     ],
     "the place in the chain matters and nothing says so: kauldron": [
         "test_guarantees.py::test_before_the_chain_ema_averages_the_wrong_point",
     ],
     "skipped steps count, or one NaN is for ever: optax, ultralytics": [
         "test_guarantees.py::test_outside_apply_if_finite_the_average_ticks_on_a_skipped_step",
-        "test_guarantees.py::test_G7_a_step_that_is_not_finite_leaves_no_trace",
+        "test_guarantees.py::test_a_step_that_is_not_finite_leaves_no_trace",
         "test_healing.py::test_a_poisoned_leaf_starts_again_from_the_parameters_and_is_counted",
     ],
     "a decay with a Python branch fails only when it is traced: levanter": [
@@ -86,12 +89,12 @@ ELSEWHERE = {
         "test_checkpoint.py::test_sources_show_what_is_read",
     ],
     "resuming loses averages, or trains on them: Samudra, ace, Latte, YOLOX, FastVideo": [
-        "test_guarantees.py::test_G6_a_resumed_run_is_bitwise_the_uninterrupted_one",
-        "test_guarantees.py::test_G6_a_missing_shadow_is_an_error",
-        "test_guarantees.py::test_G6_a_swapped_checkpoint_is_not_taken_for_a_plain_one",
+        "test_guarantees.py::test_a_resumed_run_is_bitwise_the_uninterrupted_one",
+        "test_guarantees.py::test_a_missing_shadow_is_an_error",
+        "test_guarantees.py::test_a_swapped_checkpoint_is_not_taken_for_a_plain_one",
     ],
     "the swap for evaluation is not undone: waifu-diffusion, Open-Sora-Plan, Self-Forcing": [
-        "test_guarantees.py::test_G10_an_evaluation_that_fails_changes_nothing",
+        "test_guarantees.py::test_an_evaluation_that_fails_changes_nothing",
         "test_ema.py::test_a_swapped_state_cannot_be_trained_on_or_averaged_from",
         "test_frameworks.py::test_evaluation_leaves_the_run_and_its_next_step_as_they_are",
     ],
@@ -105,14 +108,14 @@ ELSEWHERE = {
     ],
     "sharded parameters, averages that are not: Lightning, fairscale, PyTorch, DeepSpeed": [
         "test_sharding.py::test_states_are_made_where_their_parameters_are",
-        "test_guarantees.py::test_G5_averaging_is_local_to_every_device",
+        "test_guarantees.py::test_averaging_is_local_to_every_device",
         "test_checkpoint.py::test_restored_onto_another_mesh",
     ],
     "the cost of a step: WeatherGenerator, diffusers, ema-pytorch, PyTorch": [
         "test_structure.py::test_a_step_is_in_place_and_touches_no_more_memory_than_by_hand",
     ],
     "a second tree though averaging is off: marin": [
-        "test_guarantees.py::test_G9_an_average_that_is_off_costs_no_bytes",
+        "test_guarantees.py::test_an_average_that_is_off_costs_no_bytes",
     ],
     "the decay means another thing with another batch size: pycls, yolov5, mmcv": [
         "test_units.py::test_so_many_samples_later_a_value_counts_half",
@@ -133,10 +136,15 @@ ELSEWHERE = {
 }
 
 
-def test_whoever_is_said_to_hold_it_is_there():
+@pytest.mark.slow
+def test_every_test_named_above_is_collected():
     files = {path.name: path for path in TESTS.rglob("test_*.py")}
-    for file, test in (name.split("::") for tests in ELSEWHERE.values() for name in tests):
-        assert f"def {test}(" in files[file].read_text(), test
+    named = [name.split("::") for tests in ELSEWHERE.values() for name in tests]
+    ids = [f"{files[file]}::{test}" for file, test in named]
+    options = ["--collect-only", "--quiet", "--numprocesses=0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *ids]  # fails if one is not found
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr + run.stdout[-2000:]
 
 
 # Keras: average * mask + parameter * (1 - mask) is NaN on either side of the mask

@@ -345,6 +345,6 @@ def test_statistics_that_the_forward_pass_uses_are_refused():
         emaopt.recalibrate(jax.jit(forward), states, BATCHES)
 
 
-def test_it_cannot_be_traced():
+def test_recalibrate_inside_jit_is_an_error():
     with pytest.raises(ValueError, match="forward returns traced values"):
         jax.jit(lambda statistics: emaopt.recalibrate(running, statistics, X))(ONE)

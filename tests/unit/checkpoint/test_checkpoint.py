@@ -776,7 +776,7 @@ def test_the_average_may_be_read_in_its_own_precision(run):
     bitwise(checkpoint.restore_averages(path, jax.eval_shape(lambda: shadow)), shadow)
 
 
-def test_onto_the_host(run):
+def test_averages_are_restored_as_numpy_arrays_where_like_has_them(run):
     path, params, opt_state = run
     like = jax.tree.map(np.asarray, PARAMS)
     got = checkpoint.restore_averages(path, like)

@@ -296,7 +296,9 @@ def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
         ("convert {orbax}/steps new/model.ckpt-1", "TF1 has one global step: opt_state/0/step is"),
     ],
 )
-def test_what_is_wrong_gets_one_line(arguments, told, orbax, tmp_path, monkeypatch, capsys):
+def test_a_mistake_of_convert_prints_one_line(
+    arguments, told, orbax, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no checkpoint")

@@ -265,7 +265,7 @@ def test_the_averages_of_tf1_are_compared_with_their_variables(capsys):
         pytest.param("golden", "golden holds no average to compare", marks=tensorflow),
     ],
 )
-def test_what_is_wrong_gets_one_line_and_exit_code_2(
+def test_a_mistake_of_diff_prints_one_line_and_exits_with_2(
     arguments, told, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)

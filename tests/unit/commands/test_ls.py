@@ -252,7 +252,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(orbax):
         pytest.param("file", "/file' is no checkpoint of TF1", marks=tensorflow),
     ],
 )
-def test_what_is_wrong_gets_one_line(path, told, tmp_path, monkeypatch, capsys):
+def test_a_mistake_of_ls_prints_one_line(path, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no checkpoint")

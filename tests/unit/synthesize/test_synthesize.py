@@ -363,7 +363,7 @@ def odd(tmp_path_factory):
         ("nowhere", "nowhere holds no finished checkpoint"),
     ],
 )
-def test_what_is_wrong_gets_one_line(arguments, told, runs, odd, monkeypatch, capsys):
+def test_a_mistake_of_synthesize_prints_one_line(arguments, told, runs, odd, monkeypatch, capsys):
     monkeypatch.chdir(odd)
     with pytest.raises(SystemExit) as exit_:
         main(["synthesize", *arguments.format(runs=runs[0]).split()])

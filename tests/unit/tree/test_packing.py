@@ -119,7 +119,7 @@ def copied(tree):
 @pytest.mark.parametrize(
     "wrap", [lambda tx: optax.MultiSteps(tx, 2), lambda tx: optax.apply_if_finite(tx, 3)]
 )
-def test_around_a_chain_too(wrap):
+def test_a_packed_chain_inside_multi_steps_or_apply_if_finite_gives_the_same_numbers(wrap):
     tx = wrap(CHAIN)
     got, want = (
         steps(tx, *trees, 4) for trees in ((pack(TREE), pack(GRADS)), (copied(TREE), GRADS))

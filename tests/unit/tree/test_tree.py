@@ -17,7 +17,7 @@ def test_leaves_side_by_side_may_be_absent_in_any_tree():
     assert treedef.unflatten(["p", "q"]) == {"x": "p", "y": "q"}
 
 
-def test_a_leaf_may_be_a_whole_tree_of_another():
+def test_a_tree_beside_a_leaf_of_the_first_tree_is_given_whole():
     assert leaves.zip_leaves(a={"x": 1}, b={"x": {"deep": 2}})[0] == [(1, {"deep": 2})]
 
 
