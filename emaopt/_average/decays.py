@@ -280,3 +280,7 @@ def sigma_rel(gamma: float) -> float:
     check_scalar("gamma", gamma, *_GAMMA)
     g = float(gamma)
     return math.sqrt((g + 1) / (g + 3)) / (g + 2)
+
+
+# What `ema()` is: `benchmarks/default.py` says what widths from 0.03 to 0.25 cost.
+SCALE_FREE = power(gamma(0.10))

@@ -22,6 +22,7 @@ from emaopt._tree.paths import Tree, leaf_names
 
 from .clock import advanced, as_advance, rate_of_update
 from .decay import DecayLike, as_decay
+from .decays import SCALE_FREE
 from .lazy import Mask, settled, start as start_rest, touch
 from .ledger import record, start as start_ledger
 from .rounding import Draw, Rounding, Stored, as_rounding, widen
@@ -94,31 +95,42 @@ def moving_average(
     ledger: bool = False,
     rows: Mask | None = None,
 ) -> MovingAverage:
-    """The average of any pytree of values: `shadow -= (shadow - value) * (1 - decay(t))`.
+    """Average any pytree of values: `shadow -= (shadow - value) * (1 - decay(t))`.
 
-    `decay`: a number, or a function of t, the number of updates with this one (1, 2, ...);
-    `num_updates` replaces t, as TF1's argument does. The shadow starts as a copy of the values; in
-    TF1, of a tensor, it starts at zero: `init` zeros for that. `accumulator_dtype`: the dtype of
-    the shadow, by default the values' own or float32, whichever is wider; or `compensated()`, which
-    loses nothing to rounding, or `stochastic()`, in 2 bytes. Arithmetic is in float32 or wider in
-    any case. `ledger`: keep a record of the weights, for `ledgers`. TF1's
+    The shadow starts as a copy of the first values. In TF1 the average of a tensor starts at zero:
+    pass zeros to `init` for that. Arithmetic is in float32 or wider. TF1's
     `ExponentialMovingAverage.apply`.
 
-    A clock in samples or tokens: `update(values, state, advance=n)` moves t by n, a whole number,
-    which may be traced. The update then has the rate of n updates in a row, `Decay.over(t, n)`: the
-    average is as long in tokens for every size of a batch, and `every(n, decay)` is due when t
-    passes a multiple of n. Warm-ups and functions are taken for constant over the n units. Inside
-    of `optax.MultiSteps` pass the sum over its batches. t is int32 and stops at 2**31 - 1: count
-    sequences or thousands of tokens, or pass your own count as `num_updates`, in float32.
+    Args:
+        decay: A number from 0 to 1, or a function of t, the number of updates with this one
+            (1, 2, ...).
+        accumulator_dtype: The dtype of the shadow; by default that of the values, or float32 if it
+            is wider. Or `compensated()`, which loses nothing to rounding, or `stochastic()`, in
+            2 bytes.
+        ledger: Whether to keep a record of the weights, for `ledgers`.
+        rows: A mask, true for the tables that `take` takes rows of; see `ema`.
 
-    `rows`: a mask, true for the tables that `take` takes rows of; see `ema`. In a view, pass
-    `update(values, state, before=values_before)`, the rows as `take` gave them: a row rested at
-    that value since it was last touched. Without `before`, a row that rested becomes NaN.
+    Returns:
+        `init(values) -> EmaState` and `update(values, state, ...) -> EmaState`. Arguments of
+        `update`:
 
-    >>> mean = moving_average(0.5)
-    >>> state = mean.init({"w": jnp.array([0.0])})
-    >>> mean.update({"w": jnp.array([8.0])}, state).shadow
-    {'w': Array([4.], dtype=float32)}
+        `num_updates` replaces t, as TF1's argument does.
+
+        `advance=n` moves t by n, a whole number, which may be traced: a clock in samples or tokens.
+        The update has the rate of n updates in a row, `Decay.over(t, n)`. The average is then as
+        long in tokens for every size of a batch, and `every(n, decay)` is due when t passes a
+        multiple of n. Warm-ups and functions are taken for constant over the n units. Inside of
+        `optax.MultiSteps` pass the sum over its batches. t is int32 and stops at 2**31 - 1: count
+        sequences or thousands of tokens, or pass your own count as `num_updates`, in float32.
+
+        `before`, in a view: the rows as `take` gave them. A row rested at that value since it was
+        last touched. Without `before`, a row that rested becomes NaN.
+
+    Example:
+        >>> mean = moving_average(0.5)
+        >>> state = mean.init({"w": jnp.array([0.0])})
+        >>> mean.update({"w": jnp.array([8.0])}, state).shadow
+        {'w': Array([4.], dtype=float32)}
     """
     decay = as_decay(decay)
     rounding = as_rounding(accumulator_dtype)
@@ -231,38 +243,51 @@ def _check_state(state: Any, rounding: Rounding, ledger: bool, rows: bool) -> No
 
 
 def ema(
-    decay: DecayLike,
+    decay: DecayLike = SCALE_FREE,
     *,
     sequential_update: bool = True,
     accumulator_dtype: DTypeLike | Rounding | None = None,
     ledger: bool = False,
     rows: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The average of the parameters, as the last link of an `optax.chain`.
+    """Average the parameters; as the last link of an `optax.chain`.
 
     Last, because it averages what the updates lead to: `params + updates`, rounded as
     `optax.apply_updates` rounds it. Wrap the whole chain, this link included, in
     `optax.MultiSteps` or `optax.apply_if_finite`, so that it counts only steps that were made. The
-    updates pass unchanged. `decay`, `accumulator_dtype` and `ledger`: see `moving_average`.
+    updates pass unchanged. TF1's `ExponentialMovingAverage` in a training step;
+    `MovingAverageOptimizer`.
 
-    `update(updates, state, params, num_updates=n)`: n replaces t. `advance=n`: t moves by n; see
-    `moving_average`.
-    `sequential_update=False` averages the parameters from before the update, with t = 0, 1, ...
-    (what TF1's option of that name does, when its race goes that way).
+    Without an argument the average needs no tuning for any length of training: it is always over
+    about the last tenth of the updates so far (`power` of a relative width of 0.10; the mean age of
+    what it averages is 11 % of t). Another one is better where the length is known
+    (`half_life(1000)`), for target networks and teachers (a constant such as 0.99), or for a run
+    whose learning rate goes to zero, which hardly needs any. Early in training every average lags:
+    as long as the loss falls fast, the parameters themselves are better.
 
-    `rows`: a mask, a tree of booleans like the parameters or a function that makes one
-    (`matching("embedding")`), true for the tables that `take` takes rows of. Their averages then
-    move as TF1's do, every row at every step, at the cost of the rows of a batch: a row that no
-    batch looks up is brought up to date when it is touched or read. `average`, `swap` and
-    everything built on them do so.
+    Args:
+        decay: A number from 0 to 1, or a function of t, the number of updates with this one
+            (1, 2, ...). By default `power(gamma(0.10))`.
+        sequential_update: False averages the parameters from before the update, with t = 0, 1, ...
+            This is what TF1's option of that name does, when its race goes that way.
+        accumulator_dtype: How the average is stored; see `moving_average`.
+        ledger: Whether to keep a record of the weights, for `ledgers`.
+        rows: A mask, a tree of booleans like the parameters or a function that makes one
+            (`matching("embedding")`), true for the tables that `take` takes rows of. Their averages
+            then move as TF1's do, every row at every step, at the cost of the rows of a batch. A
+            row that no batch looks up is brought up to date when it is touched or read; `average`,
+            `swap` and everything built on them do so.
 
-    TF1's `ExponentialMovingAverage` in a training step; `MovingAverageOptimizer`.
+    Returns:
+        A transformation: `update(updates, state, params, num_updates=None, advance=1)`.
+        `num_updates` replaces t, and `advance` is by how much t moves; see `moving_average`.
 
-    >>> tx = optax.chain(optax.sgd(1.0), ema(0.5))
-    >>> params = jnp.array([0.0])
-    >>> updates, state = tx.update(jnp.array([-8.0]), tx.init(params), params)
-    >>> state[-1].shadow
-    Array([4.], dtype=float32)
+    Example:
+        >>> tx = optax.chain(optax.sgd(1.0), ema(0.5))
+        >>> params = jnp.array([0.0])
+        >>> updates, state = tx.update(jnp.array([-8.0]), tx.init(params), params)
+        >>> state[-1].shadow
+        Array([4.], dtype=float32)
     """
     core = moving_average(decay, accumulator_dtype=accumulator_dtype, ledger=ledger, rows=rows)
 

@@ -511,3 +511,21 @@ def test_params_that_do_not_belong_to_the_state_are_refused(call):
         call({"w": jnp.zeros(3)}, opt_state)
     with pytest.raises(ValueError, match=r"opt_state holds no average.*emaopt.ema"):
         call({"w": jnp.zeros(2)}, optax.adam(0.1).init({"w": jnp.zeros(2)}))
+
+
+def test_without_an_argument_an_average_is_scale_free():
+    params = jnp.eye(401)
+    tx = emaopt.ema()
+    state = tx.init(params[0])
+    update = jax.jit(lambda state, value: tx.update(jnp.zeros(401), state, value)[1])
+    for value in params[1:]:
+        state = update(state, value)
+    np.testing.assert_allclose(
+        state.shadow, emaopt.profile(emaopt.power(emaopt.posthoc.gamma(0.1)), 400), atol=1e-6
+    )
+    for t in (100, 10_000):
+        weights, age = (
+            emaopt.profile(emaopt.power(emaopt.posthoc.gamma(0.1)), t),
+            np.arange(t, -1, -1),
+        )
+        assert weights @ age / t == pytest.approx(0.11, abs=0.005)
