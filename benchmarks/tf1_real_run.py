@@ -16,8 +16,7 @@ package, with random labels.
    graph as it was published, and TensorFlow trains it for five more steps.
 
 The table has the distance to the reference: the largest of all variables, as a fraction of the
-largest value of each. Its last row is the reference itself, run a second time: the gradients of
-TensorFlow are not the same every time.
+largest value of each. Its last row is the reference itself, run a second time.
 
 The graph was built for batches of 300. For training, these sizes are replaced by 4.
 """
