@@ -119,7 +119,8 @@ def _distinct(flat: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     rank = jnp.cumsum(is_new, dtype=jnp.int32) - 1
     distinct = jnp.full(size, PADDING, jnp.int32).at[rank].set(ordered, mode="drop")
     # Ids without a place would be lost without a word. So all rows become NaN, none is written.
-    distinct = jnp.where(rank[-1] >= size, OUTSIDE, distinct)
+    if size < flat.size:
+        distinct = jnp.where(rank[-1] >= size, OUTSIDE, distinct)
     return distinct, jnp.searchsorted(distinct, flat).astype(jnp.int32)
 
 
