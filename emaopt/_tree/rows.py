@@ -6,6 +6,7 @@ small trees, and `put` writes the rows back. A step costs what the rows cost, an
 batch does not look up stay as they are, as in TF1.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def _checked_ids(ids) -> jax.Array:
     return jnp.where(ids < 0, last, jnp.minimum(ids, last)).astype(jnp.int32)
 
 
-@jax.jit(static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def _distinct(flat: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Return the distinct ids in `size` places, and where each id is. By sorting.
 

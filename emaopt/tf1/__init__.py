@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._average.match import settle, with_rows, without_rows
 from emaopt._names import AVERAGE, average_name, names, role
 from emaopt._tree.checks import describe
 from emaopt._tree.numbers import dtype_of
@@ -97,6 +98,7 @@ def load(
     """
     checkpoint = Checkpoint(path)
     naming = Naming(rename, average_name)
+    like, opt_state = opt_state, without_rows(opt_state)
     leaves, skipped = _compare(checkpoint, params, opt_state, naming, swapped, name)
     _refuse(
         f"checkpoint {checkpoint.prefix} is not what params and opt_state are; nothing was loaded",
@@ -105,7 +107,8 @@ def load(
         "saved. Or call emaopt.tf1.load_partial to go on without these.",
     )
     values = [_read(checkpoint, leaf) for leaf in leaves]
-    return jax.tree.unflatten(jax.tree.structure((params, opt_state)), values)
+    params, opt_state = jax.tree.unflatten(jax.tree.structure((params, opt_state)), values)
+    return params, with_rows(opt_state, like)
 
 
 def load_partial(
@@ -139,6 +142,7 @@ def load_partial(
     """
     checkpoint = Checkpoint(path)
     naming = Naming(rename, average_name)
+    like, opt_state = opt_state, without_rows(settle(params, opt_state))
     leaves, skipped = _compare(checkpoint, params, opt_state, naming, swapped, name)
     parameters = {leaf.of for leaf in leaves if leaf.kind == PARAMETER}
     starts: dict[str, str] = {}  # from the leaf of an average to the parameter that it starts as
@@ -173,7 +177,7 @@ def load_partial(
             values[leaf.of] = value
         found.append(value)
     params, opt_state = jax.tree.unflatten(jax.tree.structure((params, opt_state)), found)
-    return params, opt_state, skipped
+    return params, with_rows(opt_state, like), skipped
 
 
 def save(
@@ -216,6 +220,7 @@ def save(
     check_prefix(path)
     original = None if like is None else Checkpoint(like)
     naming = Naming(rename, average_name)
+    opt_state = without_rows(settle(params, opt_state))
     leaves, problems = leaves_in_tf1(params, opt_state, naming, swapped, name)
     values: dict[str, np.ndarray] = {}
     for leaf in leaves if not problems else ():
