@@ -11,7 +11,9 @@ counts), and the memory that it needs beside its arguments, in MB. *fed back* an
 are steps of gradient descent; they are divided by such a step with the plain average.
 `stacked` is an evaluation: two averages in one tree, beside `average` of one.
 
-Another option is one more row in `UPDATES` or `STEPS`. Writes results/options.json and options.md.
+Most updates of `every(10, d)` take nothing, and such a one is the median: XLA on CPU skips a loop
+whose rate is 0. Another option is one more row in `UPDATES` or `STEPS`. Writes
+results/options.json and options.md.
 """
 
 import argparse

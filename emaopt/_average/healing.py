@@ -43,7 +43,8 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
     It works leaf by leaf, after each update. Where a new parameter is NaN or infinite, the shadow
     of its leaf stays as it was. Where the shadow was not finite before, it starts again from the
     new parameters as soon as they are finite, and `healed` counts one. An element whose update
-    overflows, between two finite numbers, stays as it was.
+    overflows, between two finite numbers of opposite signs above 1.7e38, stays as it was. In
+    TF1, and in `ema` alone, it becomes infinite.
 
     The updates pass unchanged, so parameters that are NaN stay NaN: the averages are what to go
     back to. Write `overwrite(n, heal(ema(decay)))`, not the other way round, to feed back no bad

@@ -1,4 +1,4 @@
-"""Averages offloaded to the memory of the host."""
+"""Offload averages to the memory of the host."""
 
 import contextlib
 
@@ -12,19 +12,29 @@ from .match import choose, is_average
 
 
 def on_host(opt_state: State) -> State:
-    """The state with its averages in the memory of the host: of memory kind "pinned_host".
+    """Offload the averages of a state to the memory of the host (memory kind "pinned_host").
 
-    Each shard lies beside its device, which holds nothing of it between updates. An update leaves
-    it there: it fetches the average, computes on the devices and writes it back, once each way over
-    the link to the host; until then the devices hold it. Too slow for every step: so call
-    `jax.jit(moving_average(every(n, decay)).update)(params, state, step)` after every n steps: it
-    returns at once, and the devices make the update between two steps. `average` gives arrays on
-    the devices. Not inside `jit`; on CPU from jax 0.10.2 on.
+    Each shard moves to the host of its device. Between updates the device holds nothing of it. An
+    update copies the average to the devices, computes there, and copies it back. That is too slow
+    for every step. So call `jax.jit(moving_average(every(n, decay)).update)(params, state, step)`
+    after every n steps. The call returns at once, and the devices make the update between two
+    steps. `average` returns arrays on the devices.
 
-    >>> import emaopt
-    >>> state = on_host(emaopt.moving_average(0.5).init(jnp.array([0.0])))
-    >>> state.shadow.sharding.memory_kind
-    'pinned_host'
+    Args:
+        opt_state: a state with averages anywhere in it. Not traced: call this outside of `jit`.
+
+    Returns:
+        The same state; shadows and residues are on the host.
+
+    Raises:
+        ValueError: the state is traced or abstract, or the backend keeps no arrays on the host. CPU
+            does from jax 0.10.2 on.
+
+    Example:
+        >>> import emaopt
+        >>> state = on_host(emaopt.moving_average(0.5).init(jnp.array([0.0])))
+        >>> state.shadow.sharding.memory_kind
+        'pinned_host'
     """
     choose(opt_state, None)
     # by jit, as the updates will do: what cannot stay there does not get there either
@@ -44,7 +54,7 @@ def on_host(opt_state: State) -> State:
 
 
 def _moved(x, to_host):
-    """A leaf on the host. Integers and keys are not averaged, and XLA keeps no keys there."""
+    """Return a leaf on the host. Integers and keys stay: XLA keeps no keys there."""
     if not is_inexact(x):
         return x
     if not is_concrete(x) or isinstance(x, jax.ShapeDtypeStruct):

@@ -23,18 +23,16 @@ from .ema import moving_average
 _mean = moving_average(power(0))
 _update = jax.jit(_mean.update)
 _NOTHING = object()
-_FAR = 2.0**40  # beside it a batch's own is lost in rounding; its product with a momentum is exact
+# An old statistic so large that the batch's own vanishes beside it in float32: the new one is then
+# momentum * _FAR, and tells the momentum. A power of two, so that this product is exact: 1e12 would
+# lose the last bits of a momentum near 1.
+_FAR = 2.0**40
 
 
 def recalibrate(
     forward: Callable[[State, Any], State], statistics: State, batches: Iterable[Any]
 ) -> State:
-    """Batch statistics measured again: the mean, over the batches, of each batch's own.
-
-    `forward(statistics, batch) -> new statistics` is the forward pass in training mode, with the
-    averaged parameters; jit it. It may donate its statistics. A batch is anything that it takes.
-    `statistics`: as training left them, a pytree of float32 or wider; only frozen layers depend on
-    their values. All batches count the same: drop a smaller last one.
+    """Measure batch statistics again for averaged parameters: the mean of those of each batch.
 
     The layer's momentum does not matter. A new statistic is `momentum * old + (1 - momentum) * own`
     and three passes over the first batch, each from other old ones, tell the momentum. Every other
@@ -45,10 +43,25 @@ def recalibrate(
     The mean, as in PyTorch's `update_bn`, is of the variances within the batches.
     Izmailov et al., arXiv:1803.05407.
 
-    >>> forward = lambda old, x: {"mean": 0.5 * old["mean"] + 0.5 * jnp.mean(x)}
-    >>> batches = [jnp.array([1.0, 3.0]), jnp.array([4.0, 8.0])]
-    >>> recalibrate(forward, {"mean": jnp.array(7.0)}, batches)
-    {'mean': Array(4., dtype=float32)}
+    Args:
+        forward: `forward(statistics, batch) -> new statistics`, the forward pass in training mode
+            with the averaged parameters. Put `jax.jit` around it. It may donate its statistics.
+        statistics: the statistics as training left them, a pytree of float32 or wider. Only frozen
+            layers depend on their values.
+        batches: anything that `forward` takes, at least one. All count the same, so drop a smaller
+            last one.
+
+    Returns:
+        The statistics, like `statistics`.
+
+    Raises:
+        ValueError: there is no batch, or `forward` makes no running average of a leaf.
+
+    Example:
+        >>> forward = lambda old, x: {"mean": 0.5 * old["mean"] + 0.5 * jnp.mean(x)}
+        >>> batches = [jnp.array([1.0, 3.0]), jnp.array([4.0, 8.0])]
+        >>> recalibrate(forward, {"mean": jnp.array(7.0)}, batches)
+        {'mean': Array(4., dtype=float32)}
     """
     leaves, treedef = jax.tree.flatten(statistics, is_leaf=is_none)
     leaves: list[Any] = [x if x is None else jnp.asarray(x) for x in leaves]
