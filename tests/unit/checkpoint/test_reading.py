@@ -20,7 +20,9 @@ from safetensors.numpy import load_file
 import emaopt
 from emaopt import checkpoint
 from emaopt.checkpoint import DamagedError, MismatchError
-from emaopt.checkpoint._run import finished_steps
+from emaopt.checkpoint._run import finished_steps, is_finished
+from emaopt.checkpoint._stored import Stored
+from emaopt.checkpoint._watch import _state
 
 
 TX = optax.chain(optax.sgd(0.1), emaopt.ema(0.5))
@@ -251,6 +253,40 @@ def test_checkpoints_of_0_1_0_are_read(tmp_path):
         assert np.array_equal(leaves[0], want["0"])
 
 
+def test_random_keys_are_resumed_from_abstract_ones(tmp_path):
+    key = jax.random.key(3, impl="rbg")
+    like = jax.eval_shape(lambda: key)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 1, LIKE, TX.init(LIKE), key=key, plain=jnp.zeros(4))
+        rest = {"key": like, "plain": jnp.zeros(4)}
+        got = checkpoint.resume(checkpointer, LIKE, TX.init(LIKE), **rest)[2]["key"]
+    assert got == key
+    item = Stored(tmp_path / "1").items["rest"]
+    assert item.key_impl(("plain",)) is None
+    assert item.key_impl(("nowhere",)) is None
+
+
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_a_place_in_a_cloud_is_an_address(ocdbt, run):
+    item = Stored(run / "3").items["params"]
+    item.directory, item._ocdbt = "gs://bucket/run/3/params", ocdbt
+    base = "gs://bucket/run/3/params/"
+    inside = {"driver": "ocdbt", "base": base, "path": "a.b/"}
+    assert item._kvstore(("a", "b")) == (inside if ocdbt else f"{base}a.b/")
+
+
+def test_whether_it_is_finished_in_a_cloud_is_asked_there():
+    class Cloud(str):
+        def __truediv__(self, name):
+            return Cloud(f"{self}/{name}")
+
+        def exists(self):
+            return self == "gs://run/3/_CHECKPOINT_METADATA"
+
+    assert is_finished(Cloud("gs://run/3"))
+    assert not is_finished(Cloud("gs://run/4"))
+
+
 # ---- what reading costs, and what an error says --------------------------------------------------
 
 
@@ -315,6 +351,7 @@ def test_watch_sees_a_run_that_was_started_again(run):
         checkpoint.save(checkpointer, 3, params_of(8), TX.init(params_of(8)))
     step, averages = next(watched)
     assert (step, float(averages["w"][0])) == (3, 8.0)
+    assert _state(run / "4") is None  # deleted since it was listed
 
 
 def test_every_reader_takes_the_name_of_an_average(tmp_path):

@@ -119,6 +119,18 @@ def test_an_nnx_module_is_saved_as_its_state(create, tmp_path):
     checkpoint.export_averages(tmp_path / "run", tmp_path / "a.safetensors")
 
 
+def test_a_module_may_be_anywhere_in_the_rest(tmp_path):
+    params, target = {"w": jnp.ones(2)}, {"networks": [sequence(), None]}
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        assert checkpoint.save(checkpointer, 1, params, TX.init(params), target=target)
+        fresh = {"networks": [sequence(), None]}
+        nnx.update(
+            fresh["networks"][0], jax.tree.map(jnp.zeros_like, nnx.state(fresh["networks"][0]))
+        )
+        *_, rest = checkpoint.resume(checkpointer, params, TX.init(params), target=fresh)
+    same(nnx.state(rest["target"]["networks"][0]), nnx.state(target["networks"][0]))
+
+
 def test_model_and_optimizer_stay_one(tmp_path):
     def create():
         model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
