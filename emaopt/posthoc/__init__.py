@@ -1,10 +1,10 @@
-"""The averaging length, chosen after training: new averages from snapshots of others.
+"""Choose the averaging length after training: new averages from snapshots of others.
 
-An average is a sum of all past parameters with weights that its decay alone decides: its *profile*
-(`emaopt.profile`). A sum of snapshots of averages therefore has a known profile too, and least
-squares makes that the profile of an average that was never computed. `weights` gives the factors,
-`residual` how well they fit, before a single parameter is read; `synthesize` adds up. Karras et
-al., arXiv:2312.02696, for power averages; here for any decay and any target::
+An average is a sum of all past parameters. Its decay alone decides the weights of that sum, its
+*profile* (`emaopt.profile`). A sum of snapshots of averages therefore has a known profile too, and
+least squares makes that the profile of an average that was never computed. `weights` returns the
+factors and `residual` how well they fit, before a single parameter is read; `synthesize` adds up.
+Karras et al., arXiv:2312.02696, for power averages; here for any decay and any target.
 
     weights = posthoc.weights(steps, gammas, at=steps[-1], target=posthoc.gamma(0.15))
     params = posthoc.synthesize(snapshots, weights)
@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from emaopt._average.decays import gamma as gamma, sigma_rel as sigma_rel
-from emaopt._tree.checks import check
+from emaopt._tree.checks import check_scalar
 from emaopt._tree.paths import Params
 
-from ._fit import Average, fit, snapshots_of
+from ._fit import Source as Source, fit, snapshots_of
 from ._sum import Sum
 
 
@@ -29,123 +29,175 @@ THRESHOLD = 0.15
 
 
 def anneal(factors: ArrayLike, at: int, every: int = 1) -> np.ndarray:
-    """The target that stands for a learning rate brought down: float64 [at + 1].
+    """Return the target that stands for a learning rate that is brought down.
 
-    `factors` [k]: by what the learning rate would have been multiplied at the update that follows
-    step `at - k * every`, and `every` updates later, and so on, linear between them and 0 in the
-    end; from 1 or less, and never rising. An update whose step was multiplied by f is in a share f
-    of the parameters that are averaged, so each of the `every` updates between two factors has the
-    weight `(factor - next factor) / every`. Tian et al., WSM, arXiv:2507.17634.
+    An update whose step was multiplied by f is in a share f of the parameters that are averaged. So
+    each of the `every` updates between two factors has the weight `(factor - next factor) / every`.
+    Tian et al., WSM, arXiv:2507.17634.
 
-    >>> anneal([0.75, 0.25], at=3).tolist()
-    [0.0, 0.25, 0.5, 0.25]
+    Args:
+        factors: [k], by what the learning rate would have been multiplied at the update that
+            follows step `at - k * every`, and `every` updates later, and so on; linear between
+            them and 0 in the end. From 1 or less, never rising.
+        at: The update at which the learning rate is 0.
+        every: The number of updates from one factor to the next.
+
+    Returns:
+        The weights of the initial parameters and of each update, float64 [at + 1].
+
+    Example:
+        >>> anneal([0.75, 0.25], at=3).tolist()
+        [0.0, 0.25, 0.5, 0.25]
     """
-    whole = np.concatenate([[1.0], np.asarray(factors, np.float64).ravel(), [0.0]])
-    first, *falls = whole[:-1] - whole[1:]
-    if min(first, *falls) < 0:
+    from_one_to_zero = np.concatenate([[1.0], np.asarray(factors, np.float64).ravel(), [0.0]])
+    falls = from_one_to_zero[:-1] - from_one_to_zero[1:]
+    if min(falls) < 0:
         raise ValueError(f"factors={factors} rises. Pass numbers from 1 or less to 0 or more.")
-    each = np.repeat(np.array(falls) / every, _count("every", every, at))
-    fits = lambda t: (t >= len(each)) & (t % 1 == 0)
-    check("at", at, fits, f"a whole number of updates, {len(each)} or more")
-    return np.concatenate([np.zeros(int(at) - len(each)), [first], each])
+    of_each_update = np.repeat(falls[1:] / every, _count("every", every, at))
+    length = len(of_each_update)
+    fits = lambda t: (t >= length) & (t % 1 == 0)
+    check_scalar("at", at, fits, f"a whole number of updates, {length} or more")
+    return np.concatenate([np.zeros(int(at) - length), falls[:1], of_each_update])
 
 
 def window(n: int, at: int) -> np.ndarray:
-    """The target that is the mean of the last n updates, as SWA's: float64 [at + 1].
+    """Return the target that is the mean of the last n updates, as SWA's.
 
     It is also a learning rate that falls linearly over them, `anneal(1 - arange(n) / n, at)`. From
     cumulative means (gamma 0) at `at` and at `at - n` it comes out exact.
 
-    >>> window(2, at=3).tolist()
-    [0.0, 0.0, 0.5, 0.5]
+    Args:
+        n: The number of updates, from 1 to `at`.
+        at: The last update.
+
+    Example:
+        >>> window(2, at=3).tolist()
+        [0.0, 0.0, 0.5, 0.5]
     """
     return anneal([1.0], at, _count("n", n, at))
 
 
 def one_minus_sqrt(n: int, at: int, every: int = 1) -> np.ndarray:
-    """The target that is a 1-sqrt cooldown over the last n updates: float64 [at + 1].
+    """Return the target that is a 1-sqrt cooldown over the last n updates.
 
     `anneal(1 - sqrt(arange(0, n, every) / n), at, every)`. The first update alone has the weight
     `sqrt(1 / n)`, which no average of long memory has; with the spacing of the snapshots for
     `every`, it is within reach. Hägele et al., arXiv:2405.18392.
 
-    >>> one_minus_sqrt(4, at=4).round(4).tolist()
-    [0.0, 0.5, 0.2071, 0.1589, 0.134]
-    >>> one_minus_sqrt(4, at=4, every=2).round(4).tolist()
-    [0.0, 0.3536, 0.3536, 0.1464, 0.1464]
+    Args:
+        n: The number of updates, from 1 to `at`.
+        at: The last update.
+        every: The number of updates from one factor to the next, a divisor of n.
+
+    Returns:
+        The weights of the initial parameters and of each update, float64 [at + 1].
+
+    Example:
+        >>> one_minus_sqrt(4, at=4).round(4).tolist()
+        [0.0, 0.5, 0.2071, 0.1589, 0.134]
+        >>> one_minus_sqrt(4, at=4, every=2).round(4).tolist()
+        [0.0, 0.3536, 0.3536, 0.1464, 0.1464]
     """
     divides = lambda e: (e >= 1) & (_count("n", n, at) % e == 0)
-    check("every", every, divides, f"a divisor of n={n}")
+    check_scalar("every", every, divides, f"a divisor of n={n}")
     return anneal(1 - np.sqrt(np.arange(0, n, every) / n), at, every)
 
 
 def weights(
     steps: ArrayLike,
-    gammas: Average | Sequence[Average],
+    gammas: Source | Sequence[Source],
     *,
     at: int,
-    target: Average | np.ndarray,
+    target: Source | np.ndarray,
     normalize: bool = True,
     threshold: float = THRESHOLD,
 ) -> np.ndarray:
-    """The factors with which snapshots add up to another average: float64 [snapshots].
+    """Find the factors with which snapshots add up to another average.
 
-    `steps`: the updates after which snapshots were taken. `gammas`: the averages that each of them
-    holds, as gammas of power averages or as decays `t -> decay` (`emaopt.half_life(1000)`). The
-    factors are in the order of the steps, and for each step in the order of `gammas`. If either
-    has repeats, both are of one length, a step and an average for each snapshot.
-
-    `target`, after `at` updates: a gamma, a decay, or the weights of the initial parameters and of
-    each update, [at + 1] (`window`, `one_minus_sqrt`, `anneal`).
-
-    Least squares between profiles: where all are gammas, between the functions
-    `(gamma + 1) * t**gamma / at**(gamma + 1)`, otherwise between the exact weights of each update.
-    `normalize`: the factors are divided by their sum. In float64 by QR, which keeps the digits that
-    a Gram matrix loses. Exact weights take (averages + 1) * 8 bytes per update, however many
-    snapshots there are: for 10**6 updates a second.
+    By least squares between profiles. Where all are gammas, these are the functions
+    `(gamma + 1) * t**gamma / at**(gamma + 1)`, otherwise the exact weights of each update. In
+    float64 by QR, which keeps the digits that a Gram matrix loses. Exact weights take
+    (averages + 1) * 8 bytes per update, however many snapshots there are: for 10**6 updates a
+    second.
 
     A `residual` above `threshold` is an error. If the parameters were noise, independent from
     update to update, the sum would be off by `residual` times the target's own standard deviation:
     at 0.15, hardly an error. From averages of sigma_rel 0.05 and 0.10, four snapshots are enough
     for 0.033 to 0.167, and 64 for 0.008 to the plain mean.
 
-    >>> exact = weights([2, 4], [0.0], at=4, target=window(2, at=4))  # (4 * m_4 - 2 * m_2) / 2
-    >>> exact.round(12).tolist()
-    [-1.0, 2.0]
+    Args:
+        steps: The updates after which snapshots were taken.
+        gammas: The averages that each snapshot holds, as gammas of power averages or as decays
+            `t -> decay` (`emaopt.half_life(1000)`). If steps or gammas has repeats, both are of one
+            length, a step and an average for each snapshot.
+        at: The update after which the target is.
+        target: A gamma, a decay, or the weights of the initial parameters and of each update,
+            [at + 1] (`window`, `one_minus_sqrt`, `anneal`).
+        normalize: Whether the factors are divided by their sum.
+        threshold: The largest residual.
+
+    Returns:
+        float64 [snapshots], in the order of the steps, and for each step in the order of `gammas`.
+
+    Raises:
+        ValueError: The residual is above `threshold`, or an argument does not fit.
+
+    Example:
+        >>> exact = weights([2, 4], [0.0], at=4, target=window(2, at=4))  # (4 * m_4 - 2 * m_2) / 2
+        >>> exact.round(12).tolist()
+        [-1.0, 2.0]
     """
     return fit(snapshots_of(steps, gammas), at, target, normalize, threshold)[0]
 
 
 def residual(
     steps: ArrayLike,
-    gammas: Average | Sequence[Average],
+    gammas: Source | Sequence[Source],
     *,
     at: int,
-    target: Average | np.ndarray,
+    target: Source | np.ndarray,
     normalize: bool = True,
 ) -> float:
-    """How far the profile of the sum is from the target's: the L2 norm, relative to the target's.
+    """Return how far the profile of the sum is from the target's: the L2 norm, relative to it.
 
-    The arguments are those of `weights`. 0 is exact; no parameter is looked at.
+    0 is exact. No parameter is looked at.
 
-    >>> last = window(1, at=4)  # the mean of four has a quarter of it, and three more
-    >>> round(residual([4], [0.0], at=4, target=last) ** 2, 12)
-    0.75
+    Args:
+        steps: As for `weights`, like the other arguments.
+        gammas: The averages that each snapshot holds.
+        at: The update after which the target is.
+        target: A gamma, a decay, or weights.
+        normalize: Whether the factors are divided by their sum.
+
+    Returns:
+        A number from 0 on.
+
+    Example:
+        >>> last = window(1, at=4)  # the mean of four has a quarter of it, and three more
+        >>> round(residual([4], [0.0], at=4, target=last) ** 2, 12)
+        0.75
     """
     return fit(snapshots_of(steps, gammas), at, target, normalize)[1]
 
 
 def synthesize(snapshots: Iterable[Params], weights: ArrayLike) -> Params:
-    """The sum of snapshots times weights: like the first snapshot, in its dtypes and shardings.
+    """Add up snapshots times weights.
 
-    `snapshots`: any iterable of trees, read once and in order; the next is asked for when the last
-    is let go, so a generator that loads from disk needs memory for one. The sum is in float64 on
-    the host, twice the bytes of float32 parameters; of a sharded array each process adds up its own
-    shards, and nothing is gathered. Leaves that are not averaged (integers, booleans, keys) are
-    those of the last snapshot with a weight other than 0.
+    The sum is in float64 on the host, twice the bytes of float32 parameters. Of a sharded array
+    each process adds up its own shards, and nothing is gathered.
 
-    >>> synthesize([{"w": np.float32([1.0])}, {"w": np.float32([4.0])}], [-1.0, 2.0])
-    {'w': array([7.], dtype=float32)}
+    Args:
+        snapshots: Any iterable of trees, read once and in order. The next is asked for when the
+            last is let go, so a generator that loads from disk needs memory for one.
+        weights: One number per snapshot, as `weights` returns them.
+
+    Returns:
+        A tree like the first snapshot, in its dtypes and shardings. Leaves that are not averaged
+        (integers, booleans, keys) are those of the last snapshot with a weight other than 0.
+
+    Example:
+        >>> synthesize([{"w": np.float32([1.0])}, {"w": np.float32([4.0])}], [-1.0, 2.0])
+        {'w': array([7.], dtype=float32)}
     """
     factors = np.asarray(weights, np.float64)
     if factors.ndim != 1 or not np.isfinite(factors).all() or not factors.any():
@@ -168,7 +220,7 @@ def synthesize(snapshots: Iterable[Params], weights: ArrayLike) -> Params:
 
 def _count(name: str, n: int, at: int) -> int:
     fits = lambda n: (n >= 1) & (n <= at) & (n % 1 == 0)
-    check(name, n, fits, f"a whole number of updates, from 1 to at={at}")
+    check_scalar(name, n, fits, f"a whole number of updates, from 1 to at={at}")
     return int(n)
 
 

@@ -24,10 +24,10 @@ from emaopt.checkpoint._run import finished_steps, pick
 from emaopt.checkpoint._stored import Stored
 from emaopt.checkpoint._trees import logical
 from emaopt.posthoc import THRESHOLD
-from emaopt.posthoc._fit import Average, fit, profile_of
+from emaopt.posthoc._fit import Source, fit, profile_of
 from emaopt.posthoc._sum import Sum
 
-from ._sources import Moments, Source, recognize
+from ._sources import Moments, NamedSource, recognize
 
 
 try:
@@ -52,7 +52,10 @@ class Run:
     """
 
     def __init__(
-        self, run: Any, at: int | None = None, sources: dict[str, Average | Source] | None = None
+        self,
+        run: Any,
+        at: int | None = None,
+        sources: dict[str, Source | NamedSource] | None = None,
     ):
         found = finished_steps(Path(run))
         self.path = pick(found, at, run)
@@ -60,7 +63,7 @@ class Run:
         stored = {step: Stored(found[step]) for step in steps}
         everything = {step: list(_snapshots(stored[step])) for step in steps}
         self.newest: Stored = stored[steps[-1]]
-        self.sources: dict[KeyPath, Source] = _sources(
+        self.sources: dict[KeyPath, NamedSource] = _sources(
             [s for each in everything.values() for s in each], sources
         )
         self.names: dict[KeyPath, str] = _names(self.sources)
@@ -88,14 +91,14 @@ class Run:
         if nowhere := self.groups.get(()):
             raise ValueError(f"no source is an average of {_all(nowhere)}. Pass one that is")
 
-    def residual(self, target: Average | np.ndarray) -> float:
+    def residual(self, target: Source | np.ndarray) -> float:
         """The predicted error of a target, see `emaopt.posthoc.residual`: of the worst leaf."""
         return max(error for _, error in self._fits(target, np.inf).values())
 
     def write(
         self,
         destination: Any,
-        target: Average | np.ndarray,
+        target: Source | np.ndarray,
         threshold: float = THRESHOLD,
         note: str = "",
     ) -> float:
@@ -142,7 +145,7 @@ class Run:
         return [leaf for leaf in self.newest.contents.stored_params if leaf not in averaged]
 
     def _fits(
-        self, target: Average | np.ndarray, threshold: float
+        self, target: Source | np.ndarray, threshold: float
     ) -> dict[tuple[int, ...], tuple[np.ndarray, float]]:
         """The factors and the residual of each group of leaves."""
         wanted = profile_of(target, self.at)
@@ -221,8 +224,8 @@ def _names(nodes: Iterable[KeyPath]) -> dict[KeyPath, str]:
 
 
 def _sources(
-    snapshots: list[_Snapshot], given: dict[str, Average | Source] | None
-) -> dict[KeyPath, Source]:
+    snapshots: list[_Snapshot], given: dict[str, Source | NamedSource] | None
+) -> dict[KeyPath, NamedSource]:
     """What each average was."""
     by_node: dict[KeyPath, list[_Snapshot]] = {}
     for snapshot in snapshots:
@@ -237,8 +240,8 @@ def _sources(
                 f"{name!r} is {'no' if not meant else 'more than one'} average."
                 f"{did_you_mean(name, by_name)} Pass one of {', '.join(by_name)}"
             )
-        if not isinstance(source, Source):
-            source = Source("a decay" if callable(source) else f"gamma:{source:.6g}", source)
+        if not isinstance(source, NamedSource):
+            source = NamedSource("a decay" if callable(source) else f"gamma:{source:.6g}", source)
         sources[by_name.get(name) or meant[0]] = source
     if given:
         return sources

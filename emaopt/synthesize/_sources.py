@@ -13,13 +13,13 @@ import numpy as np
 from emaopt._average.decay import as_decay
 from emaopt._average.decays import debiased, gamma, half_life, sigma_rel, warmup
 from emaopt._average.profile import shares
-from emaopt.posthoc._fit import Average, rates_of
+from emaopt.posthoc._fit import Source, rates_of
 
 
 TOLERANCE = 1e-3  # the least residual that anybody would notice
 
 # of the command line, NAME:NUMBER; a power average is its gamma
-_DECAYS: dict[str, Callable[[float], Average]] = {
+_DECAYS: dict[str, Callable[[float], Source]] = {
     "sigma_rel": gamma,
     "gamma": float,
     "decay": as_decay,
@@ -29,11 +29,11 @@ _DECAYS: dict[str, Callable[[float], Average]] = {
 }
 
 
-class Source(NamedTuple):
+class NamedSource(NamedTuple):
     """An average that was recorded, and what to call it."""
 
     text: str
-    decay: Average
+    decay: Source
 
 
 class Moments(NamedTuple):
@@ -44,18 +44,18 @@ class Moments(NamedTuple):
     square: float
 
 
-def parse(text: str) -> Source:
+def parse(text: str) -> NamedSource:
     """A decay of the command line: `sigma_rel:0.05`, `half_life:1000`."""
     name, _, number = text.partition(":")
     try:
-        return Source(text, _DECAYS[name](float(number)))
+        return NamedSource(text, _DECAYS[name](float(number)))
     except (KeyError, ValueError) as error:
         why = f": {error}".rstrip(".") if name in _DECAYS else ""
         known = ", ".join(f"{name}:NUMBER" for name in _DECAYS)
         raise ValueError(f"{text!r} is no decay{why}. Pass one of {known}") from None
 
 
-def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> Source | None:
+def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> NamedSource | None:
     """The decay that makes these ledgers of so many updates, if it is of one of four kinds."""
     order = [i for i in np.argsort(steps) if steps[i] > 0]
     recorded = np.array([ledgers[i] for i in order]).reshape(-1, 3)
@@ -63,7 +63,7 @@ def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> Source | None
     if not steps or not recorded[-1, 1] > 0:  # no value yet, or none but the newest
         return None
 
-    def off(source: Source) -> float:
+    def off(source: NamedSource) -> float:
         own = np.array(list(_moments(source.decay, steps)))
         return float(np.max(np.abs(own - recorded) / [1, *recorded[-1, 1:]]))
 
@@ -72,7 +72,7 @@ def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> Source | None
     return best if off(best) < TOLERANCE else None
 
 
-def _moments(decay: Average, steps: list[int]) -> Iterator[Moments]:
+def _moments(decay: Source, steps: list[int]) -> Iterator[Moments]:
     """What the ledger says after each of these numbers of updates."""
     taken = rates_of(decay, steps[-1])
     initial, age, square = 1.0, 0.0, 1.0
@@ -85,15 +85,18 @@ def _moments(decay: Average, steps: list[int]) -> Iterator[Moments]:
         yield Moments(initial, age, square)
 
 
-def _power(age: float, t: int) -> Source:
+def _power(age: float, t: int) -> NamedSource:
     number = max(t / age - 2, -0.99)
     text = f"gamma:{round(number, 6) + 0.0:.6g}, sigma_rel {sigma_rel(number):.4g}"
-    return Source(text, number)
+    return NamedSource(text, number)
 
 
-def _constant(age: float, t: int, name: str = "", wrap: Callable = lambda decay: decay) -> Source:
+def _constant(
+    age: float, t: int, name: str = "", wrap: Callable = lambda decay: decay
+) -> NamedSource:
     number = math.log(2) / math.log1p(1 / age)  # of the decay age / (1 + age)
-    return Source(f"{name}half_life:{number:.6g}", wrap(half_life(number)))
+    number = min(number, 1e37)  # the search goes far, and of more the rate is 0 in float32
+    return NamedSource(f"{name}half_life:{number:.6g}", wrap(half_life(number)))
 
 
 # each from about the mean age that it should have after t updates
@@ -105,7 +108,7 @@ _KINDS = (
 )
 
 
-def _fitted(kind: Callable[[float, int], Source], t: int, age: float) -> Source:
+def _fitted(kind: Callable[[float, int], NamedSource], t: int, age: float) -> NamedSource:
     """The decay of a kind that has this mean age after t updates: the Illinois method."""
 
     def error(x: float) -> float:

@@ -186,6 +186,8 @@ def after_training(snapshots: list[Params]) -> Params:
         posthoc.anneal([0.75, 0.25], at=20),
     ]
     gammas = [posthoc.gamma(0.05), posthoc.gamma(0.10)]
+    sources: list[posthoc.Source] = [*gammas, emaopt.half_life(5)]
+    print(posthoc.residual([10, 20, 20], sources, at=20, target=targets[0]))
     error = posthoc.residual([10, 20], gammas, at=20, target=targets[0])
     assert_type(error, float)
     weights = posthoc.weights([10, 20], emaopt.half_life(5), at=20, target=emaopt.power(3))
