@@ -123,6 +123,8 @@ CheckpointManager MonitoredTrainingSession Supervisor Scaffold SessionManager
 NanTensorHook SessionRunHook StopAtStepHook Server ClusterSpec replica_device_setter
 shuffle_batch string_input_producer
 Coordinator should_stop request_stop start_queue_runners QueueRunner add_queue_runner
+IndexedSlices embedding_lookup LazyAdamOptimizer
+tf.tuple add_run_metadata add_session_log flush close
 """
 
 
