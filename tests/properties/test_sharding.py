@@ -29,6 +29,7 @@ ELEMENTWISE = OPTIMIZERS | {
     "ema_warmup": emaopt.ema(emaopt.warmup(0.9)),
     "ema_power": emaopt.ema(emaopt.power(3.0)),
     "ema_every": emaopt.ema(emaopt.every(2, 0.9)),
+    "ema_ledger": emaopt.ema(0.9, ledger=True),
     "ema_before": emaopt.ema(0.9, sequential_update=False),
     "ema_compensated": emaopt.ema(0.9, accumulator_dtype=emaopt.compensated()),
     "ema_stochastic": emaopt.ema(0.9, accumulator_dtype=emaopt.stochastic()),
@@ -37,7 +38,6 @@ NORMS = {
     "clip_by_norm": emaopt.clip_by_norm(0.5),
     "clip_by_average_norm": emaopt.clip_by_average_norm(0.5),
     "clip_by_global_norm": emaopt.clip_by_global_norm(0.5),
-    "ema_ledger": emaopt.ema(0.9, ledger=True),  # the share that stalled
 }
 TRANSFORMATIONS = ELEMENTWISE | NORMS
 
