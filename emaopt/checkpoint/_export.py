@@ -13,7 +13,7 @@ from emaopt._tree.paths import Tree
 
 from ._errors import saving
 from ._items import checked, inventory, with_digests
-from ._run import locate
+from ._run import check_writable, locate
 from ._stored import Stored
 from ._trees import named_leaves
 
@@ -45,6 +45,8 @@ def export_averages(
     destination = Path(destination)
     if destination.exists():
         raise FileExistsError(f"destination={destination} exists. Remove it or pass another path.")
+    if destination.suffix != ".safetensors":
+        check_writable("destination", destination)
     like = stored.params_like() if like is None else like
     if destination.suffix != ".safetensors":
         averaged = checked("params", stored.load_averages(like, name, False))

@@ -16,6 +16,7 @@ from emaopt._tree.paths import Tree
 from ._digest import digests
 from ._leaf import savable
 from ._place import DIGESTS, STAMP
+from ._run import check_writable
 from ._trees import leaves_by_path, plain, without_model
 
 
@@ -36,6 +37,7 @@ def items_of(
             f"checkpointer writes to {str(checkpointer.directory)!r}, which is relative, and Orbax "
             "cannot. Make it with an absolute path: os.path.abspath."
         )
+    check_writable("checkpointer.directory", checkpointer.directory)
     if any(isinstance(state, SwappedEmaState) for state in averages(opt_state).values()):
         raise ValueError(
             "opt_state is swapped already: its averages are in params. Pass the state before "

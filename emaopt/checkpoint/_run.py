@@ -122,3 +122,15 @@ def check_checkpointer(checkpointer: Any) -> None:
             f"checkpointer is a {type(checkpointer).__name__}. Pass that of Orbax's version 1: "
             "orbax.checkpoint.v1.training.Checkpointer(directory), in a `with` statement."
         )
+
+
+def check_writable(argument: str, path: Any) -> None:
+    """Raise if Orbax would write a checkpoint there that nobody can read again.
+
+    Orbax looks for the files of the processes with a pattern, in which `[0.1]` is one character.
+    """
+    if re.search(r"[*?\[]", str(path)):
+        raise ValueError(
+            f"{argument}={str(path)!r} has a *, ? or [ in it. Orbax takes that for a pattern and "
+            "could not read the checkpoint again. Pass a path without it."
+        )

@@ -38,7 +38,7 @@ from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._items import checked, inventory
 from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._place import DIGESTS
-from emaopt.checkpoint._run import locate
+from emaopt.checkpoint._run import check_writable, locate
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast, check_prefix, write
 
@@ -71,20 +71,11 @@ def convert(
     check_new(there)
     load_tensorflow()
     if here.format == TF1:
-        _check_directory(there)
+        check_writable("DESTINATION", there)
         _to_orbax(here.path, there, form)
     else:
         check_prefix(str(there))
         _to_tf1(here.path, there, form)
-
-
-def _check_directory(path: Path) -> None:
-    """Raise unless Orbax can write a checkpoint here that it can read again."""
-    if re.search(r"[*?\[]", str(path)):
-        raise ValueError(
-            f"{path} has a *, ? or [ in it. Orbax takes that for a pattern and could not read the "
-            "checkpoint. Pass another DESTINATION"
-        )
 
 
 def _to_orbax(source: Path, destination: Path, form: Form) -> None:

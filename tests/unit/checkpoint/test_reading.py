@@ -413,3 +413,22 @@ def test_a_save_that_fails_says_which_and_why(run, monkeypatch):
         message = r"run, step 9, was not saved.*\(RuntimeError: RESOURCE_EXHAUSTED: No space left\)"
         with pytest.raises(OSError, match=message):
             checkpoint.save(checkpointer, 9, LIKE, TX.init(LIKE))
+
+
+@pytest.mark.parametrize("character", ["[0.1]", "*", "?"])
+def test_a_directory_that_orbax_could_not_read_again_is_refused_before_writing(character, tmp_path):
+    run = tmp_path / f"lr={character}"
+    params = {"w": jnp.ones(3)}
+    opt_state = emaopt.ema(0.5).init(params)
+    with (
+        ocp.training.Checkpointer(run) as checkpointer,
+        pytest.raises(ValueError, match=r"checkpointer.directory=.* has a \*, \? or \[ in it"),
+    ):
+        checkpoint.save(checkpointer, 1, params, opt_state)
+    assert not (run / "1").exists()
+    source = tmp_path / "run"
+    with ocp.training.Checkpointer(source) as checkpointer:
+        checkpoint.save(checkpointer, 1, params, opt_state)
+    with pytest.raises(ValueError, match="destination="):
+        checkpoint.export_averages(source, run / "averages")
+    checkpoint.export_averages(source, f"{run}.safetensors")
