@@ -1,6 +1,7 @@
 """A training step on the rows of an embedding table, beside the whole table, PyTorch and TF1.
 
     python benchmarks/rows.py --torch TORCH_PYTHON --tf1 TF1_PYTHON
+    NPROC=1 taskset -c 0 python benchmarks/rows.py --torch TORCH_PYTHON --tf1 TF1_PYTHON
 
 A table of a million rows of 64, float32, of which a batch looks up 4,096 ids, drawn anew for each
 step from a Zipf law. A step is the lookup, the loss, the gradient, the optimizer and, where it says
@@ -8,8 +9,9 @@ so, the average of the table, jitted and donated. *Dense* is the same chain on t
 the gradient that JAX makes of a lookup. TORCH_PYTHON has PyTorch: `Embedding(sparse=True)` with
 `SparseAdam` and `Adagrad`, which have no average. TF1_PYTHON is a Python 3.7 with TensorFlow 1.15.5
 (`tests/golden/make.py` says how to make one). Everything takes turns in one run, others in
-processes of their own; the figures are medians over the rounds. Writes results/rows.json and
-rows.md.
+processes of their own; the figures are medians over the rounds. The second command is for a machine
+that others use too: on one core nothing waits for the other, as PyTorch's threads do there for tens
+of milliseconds. Writes results/rows.json and rows.md.
 """
 
 import argparse
@@ -168,12 +170,13 @@ def main():
     versions += [
         f"{k} {v}" for c in calls.values() if isinstance(c, Worker) for k, v in c.report.items()
     ]
+    cores = len(os.sched_getaffinity(0))
     distinct = np.mean([len(np.unique(ids)) for ids in batches(ROWS)])
     lines = [
         f"`python benchmarks/rows.py`: a table of {ROWS:,} rows of {WIDTH}, "
         f"{ROWS * WIDTH * 4 >> 20} MiB; "
         f"{IDS:,} ids in a batch, {distinct:,.0f} of them distinct; "
-        f"{len(os.sched_getaffinity(0))} cores, {options.rounds} rounds; "
+        f"{cores} core{'s' * (cores > 1)}, {options.rounds} rounds; "
         f"{', '.join(dict.fromkeys(versions))}.",
         "",
         *table(("a step", "ms", "/ the first", "temporary memory, MiB"), rows),
