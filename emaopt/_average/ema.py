@@ -21,7 +21,7 @@ from emaopt._tree.numbers import is_concrete, is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
 from .clock import advanced, as_advance, rate_of_update
-from .decay import DecayLike, as_decay
+from .decay import DecayLike, as_decay, show
 from .decays import SCALE_FREE
 from .lazy import Mask, settled, start as start_rest, touch
 from .ledger import record, start as start_ledger
@@ -86,6 +86,9 @@ class MovingAverage(NamedTuple):
 
     init: Callable[..., EmaState]
     update: _Update
+
+    def __repr__(self) -> str:
+        return getattr(self.update, "__qualname__", "MovingAverage")
 
 
 def moving_average(
@@ -173,6 +176,7 @@ def moving_average(
         after = EmaState(step, *_trees(treedef, leaves, rounding), its_ledger, rested)
         return jax.tree.map(stay, stored, after)
 
+    update.__qualname__ = _call("moving_average", decay, accumulator_dtype, ledger, rows)
     return MovingAverage(init, update)
 
 
@@ -310,4 +314,31 @@ def ema(
             num_updates = state.step if num_updates is None else num_updates
         return updates, core.update(values, state, num_updates, advance, before=params)
 
-    return optax.GradientTransformationExtraArgs(core.init, update)
+    update.__qualname__ = _call("ema", decay, accumulator_dtype, ledger, rows, sequential_update)
+    return _Ema(core.init, update)
+
+
+class _Ema(optax.GradientTransformationExtraArgs):
+    """A transformation that is shown as it was made: `ema(warmup(0.999))`."""
+
+    def __repr__(self) -> str:
+        return getattr(self.update, "__qualname__", "ema")
+
+
+def _call(
+    name: str,
+    decay: DecayLike,
+    accumulator_dtype: Any,
+    ledger: bool,
+    rows: Any,
+    sequential_update: bool = True,
+) -> str:
+    """Return the text of a call: the decay, and the options that are not as by default."""
+    options = {
+        "sequential_update": None if sequential_update else False,
+        "accumulator_dtype": accumulator_dtype,
+        "ledger": ledger or None,
+        "rows": rows if rows is None or callable(rows) else "mask",
+    }
+    given = [f"{key}={show(value)}" for key, value in options.items() if value is not None]
+    return f"{name}({', '.join([show(decay), *given])})"

@@ -529,3 +529,21 @@ def test_without_an_argument_an_average_is_scale_free():
             np.arange(t, -1, -1),
         )
         assert weights @ age / t == pytest.approx(0.11, abs=0.005)
+
+
+def test_an_average_is_shown_as_it_was_made():
+    shown = {
+        "ema(0.999)": emaopt.ema(0.999),
+        "ema(warmup(0.999))": emaopt.ema(emaopt.warmup(0.999)),
+        "ema(every(10, half_life(1000)), ledger=True)": emaopt.ema(
+            emaopt.every(10, emaopt.half_life(1000)), ledger=True
+        ),
+        "ema(0.9, sequential_update=False)": emaopt.ema(0.9, sequential_update=False),
+        "ema(0.9, rows=mask)": emaopt.ema(0.9, rows={"table": True}),
+        "moving_average(power(0), accumulator_dtype=float32)": emaopt.moving_average(
+            emaopt.power(0), accumulator_dtype="float32"
+        ),
+    }
+    assert [repr(made) for made in shown.values()] == list(shown)
+    assert repr(emaopt.ema()) == f"ema(power({emaopt.posthoc.gamma(0.1)}))"
+    assert isinstance(emaopt.ema(), optax.GradientTransformationExtraArgs)
