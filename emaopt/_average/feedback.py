@@ -214,6 +214,8 @@ def primal(
         of_base, of_mean = base.init(params), _init("average", mean, params)
         if averages(of_base):
             raise ValueError("tx holds an average of its own. Pass the optimizer alone.")
+        if any(found.rows for found in averages(of_mean).values()):
+            raise ValueError("average has rows=, but primal moves every row. Leave rows= out.")
         x = _averages_like(params, of_mean)
         return PrimalState(of_base, of_mean, tree_map(_kept, params=params, x=x))
 

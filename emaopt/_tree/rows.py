@@ -211,6 +211,11 @@ def put(tree: State, small: State, tables: Mapping[str, Rows]) -> State:
 def _gather(x: jax.Array, ids: jax.Array) -> jax.Array:
     """Return these rows of an array; padding is tiny, and the row of an id outside is NaN."""
     x = jnp.asarray(x)
+    if jax.typeof(x).memory_space == jax.memory.Space.Host:
+        raise ValueError(
+            "tree has the average of a table in the memory of the host, where no device can look "
+            "rows up. Leave it on the devices: emaopt.on_host is for averages of all rows."
+        )
     found = x.at[ids].get(mode="clip", indices_are_sorted=True, out_sharding=_sharding(x, True))
     tiny, missing = 0, 0
     if is_inexact(x):

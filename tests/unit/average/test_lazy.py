@@ -398,6 +398,10 @@ MISTAKES = {
         lambda: emaopt.ema(0.9, rows={"a": True}).init({"a": jnp.arange(3)}),
         "rows is true at leaf 'a', which is no table",
     ),
+    "parameters that never rest": (
+        lambda: emaopt.primal(optax.sgd(0.1), emaopt.ema(0.9, rows=TABLES)).init(PARAMS),
+        "average has rows=, but primal moves every row. Leave rows= out",
+    ),
     "another state": (
         lambda: emaopt.ema(0.9, rows=TABLES).update(PARAMS, emaopt.ema(0.9).init(PARAMS), PARAMS),
         "state has no rows: it was made without rows=",

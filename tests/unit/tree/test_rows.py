@@ -441,6 +441,12 @@ MISTAKES = {
 }
 
 
+def test_a_table_on_the_host_is_an_error():
+    state = emaopt.on_host(emaopt.ema(0.9, rows=emaopt.matching("table")).init(PARAMS))
+    with pytest.raises(ValueError, match="in the memory of the host"):
+        emaopt.take((PARAMS, state), tables_of(1))
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_an_error_that_says_what_to_do(name):
     do, said = MISTAKES[name]
