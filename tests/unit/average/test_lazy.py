@@ -342,6 +342,27 @@ def test_overwritten_rows_are_those_of_the_view():
     assert not np.array_equal(params["table"][0], averaged["table"][0])
 
 
+def test_reset_it_starts_again_from_the_parameters():
+    params, opt_state = unequal()
+    again = emaopt.reset(params, opt_state)
+    jax.tree.map(np.testing.assert_array_equal, emaopt.average(params, again), params)
+    moved = jax.tree.map(lambda x: x + 1.0, params)
+    state = emaopt.moving_average(0.9, rows=TABLES, ledger=True).update(
+        moved, again[-1], before=params
+    )
+    want = jax.tree.map(lambda x: x + 0.1, params)
+    assert_close(emaopt.average(moved, state), want)
+
+
+def test_of_abstract_parameters_it_is_abstract():
+    tx = chain(rows=TABLES)(0.9)
+    abstract = jax.eval_shape(lambda tree: tree, PARAMS)
+    state = emaopt.ema(0.9, rows=TABLES).init(abstract)
+    want = jax.eval_shape(tx.init, PARAMS)[-1]
+    assert isinstance(state.rows.then["table"], jax.ShapeDtypeStruct)
+    assert state.rows.then["table"].shape == want.rows.then["table"].shape == (ROWS, 3)
+
+
 # a moving average by itself
 
 
