@@ -117,7 +117,8 @@ def moving_average(
         `init(values) -> EmaState` and `update(values, state, ...) -> EmaState`. Arguments of
         `update`:
 
-        `num_updates` replaces t, as TF1's argument does.
+        `num_updates` replaces t, as TF1's argument does. It counts updates; a count of images or
+        tokens belongs into `advance`.
 
         `advance=n` moves t by n, a whole number, which may be traced: a clock in samples or tokens.
         The update has the rate of n updates in a row, `Decay.over(t, n)`. The average is then as
