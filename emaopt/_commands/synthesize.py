@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from emaopt._average.decays import gamma, half_life, sigma_rel
+from emaopt._extras import require
 from emaopt.posthoc import one_minus_sqrt, window
 from emaopt.posthoc._fit import profile_of
 from emaopt.synthesize import Run
@@ -139,12 +140,12 @@ def _text(about: dict[str, Any]) -> list[str]:
 
 def _draw(run: Run, threshold: float, file: Path) -> None:
     """The predicted error over sigma_rel, and where the recorded averages are."""
-    from matplotlib.figure import Figure
+    pictures = require("matplotlib.figure", "posthoc")
 
     longest = sigma_rel(0)
     lengths = np.geomspace(0.005, longest, 60)
     errors = [run.residual(profile_of(gamma(s), run.at)) for s in lengths]
-    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
+    figure = pictures.Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.loglog(lengths, np.maximum(errors, 1e-6), lw=2)
     axes.axhline(threshold, color="0.5", ls="--", lw=1)

@@ -385,6 +385,7 @@ def forget(monkeypatch, *rooms):
     """Have the rooms imported anew in this test, and be the same as before after it."""
     for room in rooms:
         monkeypatch.setattr(room, importlib.import_module(room))
+    for room in rooms:
         for module in [name for name in sys.modules if name.startswith(room)]:
             monkeypatch.delitem(sys.modules, module)
 
