@@ -2,8 +2,10 @@
 
 from collections.abc import Collection
 
+import jax
+
 from .checks import did_you_mean
-from .paths import Tree, leaf_names
+from .paths import Tree, is_none, leaf_names
 
 
 def owners_of(tree: Tree, names: list[str], tables: Collection[str]) -> list[str | None]:
@@ -26,7 +28,26 @@ def owners_of(tree: Tree, names: list[str], tables: Collection[str]) -> list[str
                 f"{did_you_mean(name, of_params)} It has "
                 f"{', '.join(map(repr, of_params[:8]))}. Pass names as in emaopt.names(params)."
             )
+        _check_is_one(
+            name, [each for each, at in zip(names, owners, strict=True) if at == name], tree
+        )
     return owners
+
+
+def _check_is_one(table: str, names: list[str], tree: Tree) -> None:
+    """Raise if two parameters end with the name of a table. A state has it in several places."""
+    keys = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]]
+    in_fields = {
+        name
+        for name, path in zip(leaf_names(tree), keys, strict=True)
+        if any(isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value" for key in path)
+    }
+    params = [name for name in names if name not in in_fields]
+    if len(params) > 1:
+        raise ValueError(
+            f"tables has {table!r}, and tree has several tables with this name: "
+            f"{', '.join(map(repr, params))}. Pass the whole name, as in emaopt.names(params)."
+        )
 
 
 def _longest_end(name: str, known: set[str]) -> str | None:

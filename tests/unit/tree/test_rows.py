@@ -185,6 +185,13 @@ def test_adafactor_keeps_its_sums_of_columns_whole():
     assert (256,) not in shapes
 
 
+def test_in_a_train_state_by_the_end_of_the_name():
+    tree = {"params": PARAMS, "opt_state": optax.adam(0.1).init(PARAMS)}
+    small = emaopt.take(tree, tables_of(3, 1))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(small) if leaf.ndim == 2]
+    assert shapes == [(2, 2)] * 3
+
+
 def test_a_packed_tree_with_a_table_in_it():
     params = emaopt.pack({"table": jnp.ones((4, 3)), "a": jnp.ones(2), "b": jnp.ones(3)}, None, 5)
     opt_state = emaopt.momentum(0.1, 0.9).init(params)
@@ -413,6 +420,12 @@ MISTAKES = {
     "two of one name": (
         lambda: emaopt.take({"a/b": TABLE, "a": {"b": TABLE}}, {"a/b": emaopt.rows([1])}),
         "two leaves are named 'a/b'",
+    ),
+    "two networks": (
+        lambda: emaopt.take(
+            ({"a": {"table": TABLE}, "b": {"table": TABLE}}, ()), {"table": emaopt.rows([1])}
+        ),
+        "several tables with this name: '0/a/table', '0/b/table'. Pass the whole name",
     ),
     "another view": (
         lambda: emaopt.put(PARAMS, emaopt.take(PARAMS, tables_of(1, 2)), tables_of(3)),
