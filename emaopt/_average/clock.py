@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import optax
 
 from emaopt._tree.checks import LAST_STEP, check_scalar, whole
-from emaopt._tree.numbers import is_concrete
 
 from .decay import Decay
 
 
 def as_advance(advance: Any) -> Any:
-    """Return the argument `advance` as an int or as an int32 array, or raise."""
-    check_scalar("advance", advance, *whole(0))
-    if is_concrete(advance):
+    """Return the argument `advance` as an int or as an int32 array, or raise.
+
+    An array of JAX is not looked at, traced or not: an update would wait for the device.
+    """
+    if not isinstance(advance, jax.Array):
+        check_scalar("advance", advance, *whole(0))
         return int(advance)
     if advance.shape != () or not jnp.issubdtype(advance.dtype, jnp.integer):
         raise ValueError(
@@ -32,7 +34,7 @@ def as_advance(advance: Any) -> Any:
 
 def advanced(step: jax.Array, advance: Any) -> jax.Array:
     """Return the step after an update. It stops at 2**31 - 1, rather than to go on below zero."""
-    if is_concrete(advance) and advance == 1:
+    if isinstance(advance, int) and advance == 1:
         return jnp.asarray(optax.safe_increment(step))
     n = jnp.asarray(advance, step.dtype)
     return jnp.minimum(step, LAST_STEP - n) + n
@@ -43,7 +45,7 @@ def rate_of_update(decay: Decay, t: Any, advance: Any) -> Any:
 
     An advance of 0 takes nothing. With the number 1 it is `decay.rate(t)`, bit for bit.
     """
-    if is_concrete(advance) and advance == 1:
+    if isinstance(advance, int) and advance == 1:
         return decay.rate(t)
     t = jnp.asarray(t)
     n = jnp.maximum(advance, 1).astype(t.dtype)

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from emaopt._tree.checks import check_array, check_shape, shown
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import apply_update, by_path, tree_map, zip_leaves
-from emaopt._tree.numbers import is_concrete, is_inexact, wide
+from emaopt._tree.numbers import is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
 from .clock import advanced, as_advance, rate_of_update
@@ -306,7 +306,7 @@ def ema(
         if sequential_update:
             values = tree_map(apply_update, params=params, updates=updates)
         else:
-            if not is_concrete(advance) or advance != 1:
+            if isinstance(advance, jax.Array) or advance != 1:
                 raise ValueError(
                     f"advance={advance} with sequential_update=False: these parameters are from "
                     "before the update, which advance counts. Use sequential_update=True."

@@ -196,3 +196,12 @@ def test_the_parameters_from_before_have_no_advance(advance):
     state = tx.init(jnp.ones(()))
     with pytest.raises(ValueError, match=r"sequential_update=False: these parameters are from"):
         jax.jit(lambda n: tx.update(jnp.ones(()), state, jnp.ones(()), advance=n))(advance)
+
+
+def test_an_array_that_counts_is_not_looked_at():
+    # to look at it, op by op, an update would wait for the device
+    mean = moving_average(power(7))
+    state = mean.update(jnp.ones(()), mean.init(jnp.zeros(())), advance=jnp.int32(5))
+    assert state.step == 5
+    state = mean.update(jnp.zeros(()), state, advance=jnp.int32(-5))
+    assert (state.step, state.shadow) == (5, 1)
