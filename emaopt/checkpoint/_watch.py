@@ -42,7 +42,7 @@ def watch(
     if interval <= 0:
         raise ValueError(f"interval={interval} is out of range. Pass seconds, above 0.")
     directory = Path(directory)
-    done: dict[int, Any] = {}  # by step, the state of the file that finished it
+    done: dict[int, bytes | None] = {}  # by step, the file that finished it
     unreadable: dict[int, float] = {}
     since = time.monotonic()
     while True:
@@ -70,13 +70,13 @@ def watch(
             time.sleep(interval)
 
 
-def _state(checkpoint: Path) -> Any:
-    """When and how long the last file of a checkpoint was written; `None` if it is gone.
+def _state(checkpoint: Path) -> bytes | None:
+    """Read the file that finished a checkpoint, which has the time to the nanosecond in it.
 
-    A run that was removed and started again has other checkpoints of the same steps.
+    A run that was removed and started again has other checkpoints of the same steps. Returns
+    `None` if the checkpoint is gone.
     """
     try:
-        found = (checkpoint / FINISHED).stat()
+        return (checkpoint / FINISHED).read_bytes()
     except OSError:
         return None
-    return found.mtime, found.length

@@ -227,7 +227,7 @@ def test_what_is_on_the_host_is_saved_and_resumed_on_another_mesh(tmp_path):
         saved = jax.tree.map(lambda x: x * jnp.asarray(2, x.dtype), saved[0]), saved[1]
         checkpoint.save(checkpointer, 1, *saved)
         *got, _ = checkpoint.resume(checkpointer, *like)
-    bitwise(got, saved)
+    bitwise(tuple(got), saved)
     assert_at(got, jax.tree.map(lambda x: x.sharding, list(like)))
     assert memory_kinds(got[1][-1].shadow) == {"pinned_host"}
 

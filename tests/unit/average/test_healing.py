@@ -213,3 +213,10 @@ def test_op_by_op_the_second_update_compiles_nothing(caplog):
         caplog.clear()
         tx.update(params, state, params)
     assert "Compiling" not in caplog.text
+
+
+def test_there_is_nothing_to_mend_where_nothing_is_a_floating_point_number():
+    params = {"seen": jnp.array([1])}
+    tx = emaopt.heal(emaopt.ema(0.5))
+    _, state = tx.update({"seen": jnp.array([1])}, tx.init(params), params)
+    assert int(emaopt.average(params, state)["seen"][0]) == 2

@@ -468,3 +468,11 @@ def test_it_costs_the_rows_and_not_the_table():
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < params["table"].nbytes / 50
     assert memory.alias_size_in_bytes > 3 * params["table"].nbytes
+
+
+def test_a_state_of_abstract_tables_is_abstract_where_the_table_is():
+    table = {"table": jax.ShapeDtypeStruct((5, 2), jnp.float32)}
+    tx = emaopt.ema(0.5, rows={"table": True})
+    abstract, real = tx.init(table), tx.init({"table": jnp.zeros((5, 2))})
+    shapes = lambda state: [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+    assert shapes(abstract) == shapes(real)

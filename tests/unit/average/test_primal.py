@@ -211,6 +211,14 @@ def test_pace_pulls_towards_the_average_by_coordinate():
     assert_near((params, emaopt.average(params, opt_state)), wanted, 5e-6)
 
 
+def test_a_pull_leaves_what_has_no_average():
+    average = optax.masked(emaopt.ema(0.9), {"w": True, "b": False})
+    params, _ = train(emaopt.primal(optax.sgd(0.2), average, 0.0, pull=0.3))
+    plain, _ = train(optax.sgd(0.2))
+    np.testing.assert_array_equal(params["b"], plain["b"])
+    assert not np.array_equal(params["w"], plain["w"])
+
+
 def test_a_pull_may_be_a_number():
     tx = emaopt.primal(optax.sgd(0.2), emaopt.ema(0.9), 0.5, pull=0.3)
     params, opt_state = train(tx)

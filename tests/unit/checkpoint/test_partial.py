@@ -217,3 +217,16 @@ def test_the_raw_parameters_alone(run, tmp_path):
 def test_raw_parameters_that_are_not_there_are_named(run, like, message):
     with pytest.raises(checkpoint.MismatchError, match=message):
         checkpoint.restore_params(run[0], like)
+
+
+def test_another_dtype_stays_as_passed_and_integers_go_on(tmp_path):
+    params = {"w": jnp.ones(3), "seen": jnp.array(5)}
+    tx = optax.chain(optax.masked(optax.sgd(0.1), {"w": True, "seen": False}), emaopt.ema(0.5))
+    opt_state = tx.init(params)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 1, params, opt_state)
+        like = {"w": jnp.zeros(3, jnp.bfloat16), "seen": jnp.array(0)}
+        got, state, _, skipped = checkpoint.resume_partial(checkpointer, like, tx.init(like))
+    assert skipped["params/w"] == "is float32[3] in the checkpoint, bfloat16[3] here"
+    assert (got["w"].dtype, int(got["seen"]), int(state[1].shadow["seen"])) == (jnp.bfloat16, 5, 5)
+    np.testing.assert_array_equal(state[1].shadow["w"], np.ones(3))  # the average is float32

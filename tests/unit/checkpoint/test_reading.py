@@ -20,8 +20,9 @@ from safetensors.numpy import load_file
 import emaopt
 from emaopt import checkpoint
 from emaopt.checkpoint import DamagedError, MismatchError
-from emaopt.checkpoint._run import finished_steps, is_finished
+from emaopt.checkpoint._run import finished_steps, is_finished, locate
 from emaopt.checkpoint._stored import Stored
+from emaopt.checkpoint._trees import plain
 from emaopt.checkpoint._watch import _state
 
 
@@ -344,7 +345,7 @@ def test_watch_raises_a_wrong_template_at_once(run, monkeypatch):
 
 
 def test_watch_sees_a_run_that_was_started_again(run):
-    watched = checkpoint.watch(run, LIKE, interval=0.01, timeout=0.5, after=2)
+    watched = checkpoint.watch(run, LIKE, interval=0.01, timeout=60, after=2)
     assert next(watched)[0] == 3
     shutil.rmtree(run)
     with ocp.training.Checkpointer(run) as checkpointer:
@@ -432,3 +433,16 @@ def test_a_directory_that_orbax_could_not_read_again_is_refused_before_writing(c
     with pytest.raises(ValueError, match="destination="):
         checkpoint.export_averages(source, run / "averages")
     checkpoint.export_averages(source, f"{run}.safetensors")
+
+
+def test_a_directory_of_the_older_layout_is_one_checkpoint(tmp_path):
+    (tmp_path / "_METADATA").write_text("{}")
+    assert locate(tmp_path, None) == Path(tmp_path)
+
+
+def test_a_module_that_is_no_tree_stays_as_it_is():
+    class Opaque(nnx.Module, pytree=False):
+        pass
+
+    module = Opaque()
+    assert plain(module) is module

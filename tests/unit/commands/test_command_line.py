@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -15,6 +16,7 @@ import pytest
 from folders import CHECKPOINTS as GOLDEN
 
 from emaopt.__main__ import main, make_parser
+from emaopt._commands import running
 
 
 COMMANDS = next(
@@ -201,3 +203,37 @@ def test_without_shtab_the_extra_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--print-completion", "bash"])
     assert 'pip install "emaopt[completion]"' in capsys.readouterr().err
+
+
+def test_a_completion_script_is_printed(monkeypatch, capsys):
+    library = types.SimpleNamespace(complete=lambda parser, shell: f"{parser.prog} for {shell}")
+    monkeypatch.setitem(sys.modules, "shtab", library)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--print-completion", "bash"])
+    assert not stopped.value.code
+    assert capsys.readouterr().out == "emaopt for bash\n"
+
+
+def test_outside_the_main_thread_interrupts_are_left_to_others():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def look():
+        with running._interrupts() as interrupts:
+            seen.append((interrupts, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [([], before)]
+
+
+def test_what_a_full_disk_does_not_take_of_the_output_is_dropped(monkeypatch):
+    class Full:
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    dropped = []
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(running, "_drop_output", lambda: dropped.append(True))
+    running._flush()
+    assert dropped == [True]
