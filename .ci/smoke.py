@@ -63,6 +63,6 @@ with tempfile.TemporaryDirectory() as run:
         checkpoint.save(checkpointer, 7, params, tx.init(params))
     code, listed, errors = command("ls", run)
     assert (code, errors) == (0, ""), errors
-    assert "average of w" in listed, listed
+    assert "params: average" in listed, listed
     assert command("diff", run)[0] == 0
 print(f"emaopt {emaopt.__version__} on Python {sys.version.split()[0]}: {found}")
