@@ -72,24 +72,10 @@ def save(
             elements. It names the leaf, and nothing is written.
         OSError: the checkpoint could not be written. It names the cause, such as a full disk.
     """
-    items, about = _prepared(
-        checkpointer,
-        step,
-        (params, opt_state, rest),
-        name=name,
-        digest=digest,
-        overwrite=overwrite,
-        custom_metadata=custom_metadata,
-    )
-    with saving(f"checkpoint {checkpointer.directory}, step {int(step)},"):
-        return checkpointer.save_checkpointables(
-            int(step),
-            items,
-            force=force,
-            overwrite=overwrite,
-            metrics=metrics,
-            custom_metadata=about,
-        )
+    given = {"name": name, "digest": digest, "custom_metadata": custom_metadata}
+    orbax = {"force": force, "overwrite": overwrite, "metrics": metrics}
+    state = params, opt_state, rest
+    return _written(checkpointer, "save_checkpointables", step, state, **given, **orbax)
 
 
 def save_async(
@@ -130,49 +116,41 @@ def save_async(
     Returns:
         Orbax's response, whose `result()` waits; `None` where a policy says no.
     """
-    items, about = _prepared(
-        checkpointer,
-        step,
-        (params, opt_state, rest),
-        name=name,
-        digest=digest,
-        overwrite=overwrite,
-        custom_metadata=custom_metadata,
-    )
-    with saving(f"checkpoint {checkpointer.directory}, step {int(step)},"):
-        return checkpointer.save_checkpointables_async(
-            int(step),
-            items,
-            force=force,
-            overwrite=overwrite,
-            metrics=metrics,
-            custom_metadata=about,
-        )
+    given = {"name": name, "digest": digest, "custom_metadata": custom_metadata}
+    orbax = {"force": force, "overwrite": overwrite, "metrics": metrics}
+    state = params, opt_state, rest
+    return _written(checkpointer, "save_checkpointables_async", step, state, **given, **orbax)
 
 
-def _prepared(
+def _written(
     checkpointer: Any,
+    method: str,
     step: Any,
     state: tuple[Tree, Tree, dict[str, Any]],
     *,
     name: str | None,
     digest: bool,
-    overwrite: bool,
     custom_metadata: dict[str, Any] | None,
-) -> tuple[dict[str, Tree], dict[str, Any]]:
-    """The items of a checkpoint, and its metadata; all that is wrong with them is raised here."""
+    overwrite: bool,
+    **orbax: Any,
+) -> Any:
+    """Check a training state, and have Orbax write it by one of its methods."""
     check_checkpointer(checkpointer)
-    if not overwrite and any(c.step == int(step) for c in checkpointer.checkpoints):
+    step = int(step)
+    if not overwrite and any(c.step == step for c in checkpointer.checkpoints):
         raise ValueError(
-            f"step={int(step)} is in {checkpointer.directory} already. Pass another step, or "
+            f"step={step} is in {checkpointer.directory} already. Pass another step, or "
             "overwrite=True."
         )
     params, opt_state, rest = state
     items = items_of(checkpointer, params, opt_state, name, rest)
-    stamp = new_stamp(int(step)) if digest else None
+    stamp = new_stamp(step) if digest else None
     if digest:
         items = with_digests(items, stamp)
-    return items, {**(custom_metadata or {}), **inventory(items, stamp)}
+    about = {**(custom_metadata or {}), **inventory(items, stamp)}
+    with saving(f"checkpoint {checkpointer.directory}, step {step},"):
+        write = getattr(checkpointer, method)
+        return write(step, items, overwrite=overwrite, custom_metadata=about, **orbax)
 
 
 def restore_params(path: Any, like: Params, *, step: int | None = None) -> Params:
