@@ -8,7 +8,7 @@ from typing import NoReturn
 import emaopt
 from emaopt._commands.running import open_streams, run
 from emaopt._extras import require
-from emaopt._tree.checks import printable
+from emaopt._tree.paths import printable
 
 
 _LONGEST = 2000  # characters of an error

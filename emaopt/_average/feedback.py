@@ -14,12 +14,12 @@ import optax
 from jax.typing import ArrayLike
 
 from emaopt._tree.checks import SHARE, Range, check, whole
-from emaopt._tree.leaves import apply_update, by_path, from_paths, tree_map
+from emaopt._tree.leaves import apply_update, by_path, tree_map
 from emaopt._tree.numbers import is_concrete, is_inexact, wide
-from emaopt._tree.paths import KeyPath, Tree
+from emaopt._tree.paths import Tree
 
-from .ema import EmaState
-from .find import average as average_of, averages
+from .find import average as average_of, averages, with_values
+from .match import match, replace
 
 
 def overwrite(
@@ -326,24 +326,9 @@ def _moved(
     distance = tree_map(lambda point, p: point - p, average=points, params=led_to)
     moves, of_outer = outer.update(distance, of_outer, points)
     values = by_path(optax.apply_updates(points, moves))
-    chosen = [s for called, s in averages(state).items() if name in (None, called)]
-
-    def put(node: Any) -> Any:
-        return _with_values(node, values) if any(node is each for each in chosen) else node
-
-    return jax.tree.map(put, state, is_leaf=lambda node: isinstance(node, EmaState)), of_outer
-
-
-def _with_values(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
-    """Replace the averages of the leaves that have a value; a residue takes what rounding took."""
-    shadow = by_path(state.shadow)
-    residue = {} if state.residue is None else by_path(state.residue)
-    for path, value in values.items():
-        old: Any = shadow.get(path)
-        if old is None or value is None:
-            continue
-        shadow[path] = new = value.astype(old.dtype)
-        if residue:
-            residue[path] = (value - new.astype(value.dtype)).astype(old.dtype)
-    state = state._replace(shadow=from_paths(state.shadow, shadow))
-    return state._replace(residue=from_paths(state.residue, residue)) if residue else state
+    matched = match(led_to, state, name)
+    new = {}
+    for found, part in zip(matched.averages, matched.parts, strict=True):
+        own = {path: values.get((*part, *path)) for path in by_path(found.state.shadow)}
+        new[found.path] = with_values(found.state, own)
+    return replace(state, new), of_outer

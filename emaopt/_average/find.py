@@ -204,24 +204,28 @@ def reset(params: Tree, opt_state: State, name: str | None = None) -> State:
 
 def _restarted(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
     """Return an average of these values alone, stored as the average was."""
-    rounding = Nearest if state.residue is None else Compensated
-    leaves = {}
-    for path, old in by_path(state.shadow).items():
-        if old is None:
-            leaves[path] = Stored(None)
-        else:
-            leaves[path] = start_leaf("/".join(path), values[path], rounding(old.dtype))
-    shadow = from_paths(state.shadow, {path: leaf.shadow for path, leaf in leaves.items()})
-    residue = state.residue
-    if residue is not None:
-        residue = from_paths(residue, {path: leaf.residue for path, leaf in leaves.items()})
     ledger = None if state.ledger is None else start_ledger()
     step, ledger = jax.tree.map(
         lambda x: beside(state.shadow, x), (jnp.zeros_like(state.step), ledger)
     )
     rows = jax.tree.map(jnp.zeros_like, state.rows)
-    new = state._replace(step=step, shadow=shadow, residue=residue, ledger=ledger, rows=rows)
+    new = with_values(state, values)._replace(step=step, ledger=ledger, rows=rows)
     return jax.tree.map(stay, state, new)
+
+
+def with_values(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
+    """Return the average with other values, stored as it was; a leaf without a value stays."""
+    rounding = Nearest if state.residue is None else Compensated
+    shadow = by_path(state.shadow)
+    residue = by_path(state.residue)
+    for path, old in shadow.items():
+        if old is not None and values.get(path) is not None:
+            leaf = start_leaf("/".join(path), values[path], rounding(old.dtype))
+            shadow[path], residue[path] = leaf
+    state = state._replace(shadow=from_paths(state.shadow, shadow))
+    if state.residue is None:
+        return state
+    return state._replace(residue=from_paths(state.residue, residue))
 
 
 def _match_unswapped(params: Tree, opt_state: Tree, name: str | None) -> Match:

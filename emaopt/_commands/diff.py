@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emaopt._names import AVERAGE, origin
-from emaopt._tree.checks import describe, printable
+from emaopt._tree.checks import describe
 from emaopt._tree.numbers import dtype_of, is_inexact
-from emaopt._tree.paths import KeyPath
+from emaopt._tree.paths import KeyPath, printable
 from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._run import locate

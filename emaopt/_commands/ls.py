@@ -11,8 +11,8 @@ import sys
 from typing import NamedTuple
 
 from emaopt._names import role
-from emaopt._tree.checks import printable
 from emaopt._tree.numbers import dtype_of
+from emaopt._tree.paths import printable
 from emaopt.checkpoint._leaf import shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored

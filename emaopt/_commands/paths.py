@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from etils.epath import Path
 
 from emaopt._extras import require
-from emaopt._tree.checks import printable
-from emaopt._tree.paths import KeyPath
+from emaopt._tree.paths import KeyPath, printable
 from emaopt.checkpoint._run import FINISHED, finished_steps
 
 

@@ -11,7 +11,7 @@ import optax
 
 from .leaves import by_path, map_leaves
 from .numbers import is_concrete
-from .paths import KeyPath, Tree
+from .paths import KeyPath, Tree, printable
 
 
 DEEPEST = 256  # levels; Orbax reads its metadata by recursion and fails between 300 and 500
@@ -158,21 +158,6 @@ def written_names(
     names = [separator.join(path) for path in paths]
     check_unique(names, leaves, separator)
     return names
-
-
-def printable(name: str) -> str:
-    r"""Return a name as a terminal may show it: with escape codes and line ends as `\x1b`, `\n`.
-
-    For tables and errors that show names from a file. Names shown with `repr` are escaped already.
-
-    >>> print(printable("conv/kernel"), printable("a\nb"))
-    conv/kernel a\nb
-    """
-    if name.isprintable():
-        return name
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name
-    )
 
 
 def describe(leaf) -> str:

@@ -138,6 +138,21 @@ def _in_order(steps: KeyPath, path: KeyPath) -> bool:
     return all(step in rest for step in steps)  # `in` reads on from where the last step was
 
 
+def printable(name: str) -> str:
+    r"""Return a name as a terminal may show it: with escape codes and line ends as `\x1b`, `\n`.
+
+    For tables and errors that show names from a file. Names shown with `repr` are escaped already.
+
+    >>> print(printable("conv/kernel"), printable("a\nb"))
+    conv/kernel a\nb
+    """
+    if name.isprintable():
+        return name
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name
+    )
+
+
 def few(names: Iterable[str]) -> str:
     """Return names as an error lists them: the first twenty, and how many more there are.
 
@@ -146,7 +161,7 @@ def few(names: Iterable[str]) -> str:
     """
     names = list(names)
     rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return ", ".join(names[:20]) + rest
+    return ", ".join(map(printable, names[:20])) + rest
 
 
 def key_name(key) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
 
-from emaopt._tree.paths import KeyPath, called
+from emaopt._tree.paths import KeyPath, called, few
 
-from ._errors import MismatchError, few
+from ._errors import MismatchError
 from ._place import (
     DIGESTS,
     EXPORTED,

@@ -5,11 +5,10 @@ Both are `ValueError`s. A path that leads nowhere is a `FileNotFoundError`.
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from emaopt._tree.checks import printable
-from emaopt._tree.paths import KeyPath
+from emaopt._tree.paths import KeyPath, printable
 
 
 SHOWN = 10  # problems that an error lists, of each kind
@@ -51,14 +50,6 @@ def saving(what: str) -> Iterator[None]:
             f"{what} was not saved, or one before it, in the background. {cause(error)} The "
             "training state is as it was."
         ) from error
-
-
-def few(names: Iterable[str], at_most: int = 20) -> str:
-    """Return some names for an error, and how many more there are."""
-    names = list(names)
-    more = len(names) - at_most
-    shown = ", ".join(map(printable, names[:at_most]))
-    return shown + (f" and {more} more" if more > 0 else "")
 
 
 def missing(paths: list[KeyPath], known: list[KeyPath]) -> list[str]:

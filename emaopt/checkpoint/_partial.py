@@ -15,10 +15,10 @@ from emaopt._average.ema import SwappedEmaState
 from emaopt._average.find import average_paths, averages
 from emaopt._tree.checks import check_array, describe
 from emaopt._tree.numbers import is_inexact, wide
-from emaopt._tree.paths import KeyPath, Tree
+from emaopt._tree.paths import KeyPath, Tree, few
 
 from ._contents import Contents
-from ._errors import MismatchError, few, missing
+from ._errors import MismatchError, missing
 from ._leaf import same_kind, shape
 from ._place import LEDGER, RESIDUE, SHADOW, STEP, Average, Place
 from ._stored import Stored

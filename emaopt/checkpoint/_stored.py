@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from etils.epath import Path
 
-from emaopt._tree.checks import check_array, describe, printable
-from emaopt._tree.paths import KeyPath, Tree
+from emaopt._tree.checks import check_array, describe
+from emaopt._tree.paths import KeyPath, Tree, few, printable
 
 from ._contents import Contents
 from ._digest import damaged
-from ._errors import DamagedError, MismatchError, cause, few, missing, shortened
+from ._errors import DamagedError, MismatchError, cause, missing, shortened
 from ._item import METADATA, Item, LeafError, read_json
 from ._leaf import HOST, Target, is_key, like_leaf, same_kind, shape, target_of
 from ._place import DIGESTS, STAMP, Place, evaluated
