@@ -67,6 +67,8 @@ def test_what_is_around_an_average(kind):
         emaopt.overwrite(2, average),
         emaopt.overwrite(2, emaopt.heal(average)),
         optax.masked(average, {"w": True}),
+        emaopt.overwrite(2, emaopt.ema(1.0, accumulator_dtype=kind), outer=optax.sgd(0.5)),
+        emaopt.primal(optax.sgd(0.1), average),
         optax.chain(emaopt.gradient_descent(0.1), average),
     ):
         _, state = run(tx, {"w": PARAMS["w"][:4]}, {"w": UPDATES["w"][:4]})
