@@ -8,7 +8,6 @@ meshes are those of one axis, and of both. Run as a process, it writes into OUT 
 and averages are after `STEPS` steps, from all processes.
 """
 
-import argparse
 import contextlib
 import functools
 import re
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from processes import join
 
 import emaopt
 
@@ -111,15 +111,7 @@ def trained(mesh=None, kind=AxisType.Auto, tx=TX, steps=STEPS):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process", type=int)
-    parser.add_argument("--port", type=int)
-    args = parser.parse_args()
-    jax.distributed.initialize(
-        f"localhost:{args.port}", args.processes, args.process, initialization_timeout=30
-    )
+    args = join(timeout=30)
     from jax.experimental.multihost_utils import process_allgather
 
     params, opt_state = trained(mesh_of("both", AxisType.Auto))

@@ -6,13 +6,12 @@ Momentum and an average on the rows that each batch looks up. Run as a process, 
 what the parameters and averages are after `STEPS` steps, from all processes.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from processes import join
 
 import emaopt
 
@@ -73,15 +72,7 @@ def trained(mesh=None):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process", type=int)
-    parser.add_argument("--port", type=int)
-    args = parser.parse_args()
-    jax.distributed.initialize(
-        f"localhost:{args.port}", args.processes, args.process, initialization_timeout=60
-    )
+    args = join(timeout=60)
     from jax.experimental.multihost_utils import process_allgather
 
     params, opt_state = trained(mesh_of())

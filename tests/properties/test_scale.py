@@ -7,7 +7,6 @@ import collections
 import functools
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from compare import bitwise, close
 from folders import BENCHMARKS
 from jax.sharding import AxisType
 from orbax.checkpoint import v1 as ocp
+from processes import finish, together
 from sharded import collectives
 from trainer import environment
 
@@ -95,22 +95,8 @@ def sent(name, tx):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, sharded.__file__, tmp_path, "--processes", "2", "--port", port]
-    processes = [
-        subprocess.Popen(
-            [*command, "--process", str(i)], stderr=subprocess.PIPE, env=environment(4), text=True
-        )
-        for i in range(2)
-    ]
-    try:
-        errors = [p.communicate(timeout=120)[1] for p in processes]
-    finally:  # none is left waiting for the other
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], errors[0][-2000:]
+    command = [sys.executable, sharded.__file__, tmp_path]
+    finish(together(command, environment(4)), timeout=120)
     found = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(2)]
     params, opt_state = alone()
     average = emaopt.average(params, opt_state)

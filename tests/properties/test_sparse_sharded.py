@@ -5,8 +5,6 @@ import functools
 import math
 import os
 import re
-import socket
-import subprocess
 import sys
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import sparse
 from jax.sharding import AxisType
+from processes import finish, together
 
 import emaopt
 
@@ -87,26 +86,9 @@ def test_a_step_sends_the_rows_once_and_never_a_table(kind):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    command = [sys.executable, sparse.__file__, tmp_path, "--processes", "2", "--port", port]
-    processes = [
-        subprocess.Popen(
-            [*command, "--process", str(i)],
-            stderr=subprocess.PIPE,
-            env=os.environ | {"XLA_FLAGS": flags},
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:  # none is left waiting for the other
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-2000:]
+    command = [sys.executable, sparse.__file__, tmp_path]
+    finish(together(command, os.environ | {"XLA_FLAGS": flags}), timeout=300)
     params, opt_state = alone()
     want = {"params": params, "average": emaopt.average(params, opt_state)}
     for i in range(2):

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 import trainer
 from compare import bitwise
 from orbax.checkpoint import v1 as ocp
+from processes import finish, together
 from trainer import environment
 
 import emaopt
@@ -383,44 +383,25 @@ def test_watch_beside_a_trainer_that_deletes_old_steps(tmp_path):
 # ---- several processes --------------------------------------------------------------------------
 
 
-def together(run, steps, devices=2, processes=2):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    group = ["--processes", str(processes), "--port", port]
-    return [
-        subprocess.Popen(
-            [*TRAINER, run, "--steps", str(steps), *group, "--process", str(i)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(devices),
-            text=True,
-        )
-        for i in range(processes)
-    ]
-
-
-def finish(processes):
-    outputs = [p.communicate(timeout=180) for p in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), outputs[0][1][-2000:]
-    return [out for out, _ in outputs]
+def trainers(run, steps, devices=2, processes=2):
+    return together([*TRAINER, run, "--steps", str(steps)], environment(devices), processes)
 
 
 @pytest.mark.slow
 def test_two_processes_save_together_and_one_or_two_resume(tmp_path):
     run = tmp_path / "run"
-    finish(together(run, 2))
+    finish(trainers(run, 2), 180)
     assert check_newest(run) == 2
-    (out,) = finish(together(run, 3, devices=1, processes=1))
+    (out,) = finish(trainers(run, 3, devices=1, processes=1), 180)
     assert "resumed 2\n" in out
-    for out in finish(together(run, 4)):
+    for out in finish(trainers(run, 4), 180):
         assert "resumed 3\n" in out
     assert check_newest(run) == 4
 
 
 @pytest.mark.slow
 def test_one_of_two_processes_killed_leaves_the_newest_step_right(tmp_path):
-    survivor, killed = together(tmp_path / "run", 10000)
+    survivor, killed = trainers(tmp_path / "run", 10000)
     assert any(line == "step 4\n" for line in killed.stdout)
     killed.kill()
     try:
