@@ -412,6 +412,6 @@ def test_one_of_two_processes_killed_leaves_the_newest_step_right(tmp_path):
     killed.communicate()
     step = check_newest(tmp_path / "run")
     assert step >= 3
-    for out in finish(together(tmp_path / "run", step + 1)):
+    for out in finish(trainers(tmp_path / "run", step + 1), 180):
         assert f"resumed {step}\n" in out
     assert check_newest(tmp_path / "run") == step + 1
