@@ -344,6 +344,14 @@ def test_watch_raises_a_wrong_template_at_once(run, monkeypatch):
         next(checkpoint.watch(run, {"w": jnp.zeros(4)}, interval=30))
 
 
+def test_watch_raises_damage_that_stays(run):
+    (run / "3" / "params" / "_METADATA").write_text("{")
+    before = time.monotonic()
+    with pytest.raises(DamagedError, match=r"checkpoint .*/3: .*Use another step"):
+        next(checkpoint.watch(run, LIKE, interval=0.01, timeout=60))
+    assert time.monotonic() - before > 2  # a trainer may be deleting it
+
+
 def test_watch_sees_a_run_that_was_started_again(run):
     watched = checkpoint.watch(run, LIKE, interval=0.01, timeout=60, after=2)
     assert next(watched)[0] == 3
