@@ -135,14 +135,16 @@ class Contents:
                 )
             param = at if own is None else self.params.get(own)
             if holders and own is not None:
-                (average,) = holders
-                value = average.leaves[own]
-                then = average.rested.get(own)
-                now = average.scalars[f"{ROWS}/{NOW}"] if then else None
-                places[leaf] = Place(value, average.residues.get(own), param or value, now, then)
+                places[leaf] = self.place(holders[0], own)
             elif param is not None:
                 places[leaf] = Place(param, None, param)
         return places
+
+    def place(self, average: Average, name: KeyPath) -> Place:
+        """Return where the parts of one leaf of an average are."""
+        value, then = average.leaves[name], average.rested.get(name)
+        now = average.scalars[f"{ROWS}/{NOW}"] if then else None
+        return Place(value, average.residues.get(name), self.params.get(name, value), now, then)
 
     def role(self, path: KeyPath) -> str:
         """Say what a leaf is: `average of w`, `slot m of w`, `global step`, `rest`."""

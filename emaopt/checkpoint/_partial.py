@@ -20,7 +20,7 @@ from emaopt._tree.paths import KeyPath, Tree, few
 from ._contents import Contents
 from ._errors import MismatchError, missing
 from ._leaf import same_kind, shape
-from ._place import LEDGER, RESIDUE, SHADOW, STEP, Average, Place
+from ._place import LEDGER, RESIDUE, ROWS, SHADOW, STEP, Average, Place
 from ._stored import Stored
 from ._trees import leaves_by_path, logical, named_leaves
 
@@ -33,7 +33,8 @@ class Plan:
 
     `sources`: by the path of a leaf that was passed, where its value is on disk. `averaged`: by the
     path of a shadow, where its average is. `starts`: by the path of a shadow that is not stored,
-    the name of the parameter that it starts as. `skipped`: by the path of a leaf, the reason.
+    the name of the parameter that it starts as. `rested`: the times of lazily averaged rows, which
+    start again. `skipped`: by the path of a leaf, the reason.
     """
 
     def __init__(self, stored: Stored):
@@ -41,6 +42,7 @@ class Plan:
         self.sources: dict[KeyPath, KeyPath] = {}
         self.averaged: dict[KeyPath, Place] = {}
         self.starts: dict[KeyPath, KeyPath] = {}
+        self.rested: list[KeyPath] = []
         self.skipped: dict[KeyPath, str] = {}
 
     def match(self, path: KeyPath, leaf: Any, at: KeyPath | None, exact: bool = True) -> bool:
@@ -117,8 +119,8 @@ def _averages_in(
             name = logical(path[size + 1 :])
             stored_as = average and _ending(name, average.leaves)
             if average and stored_as and plan.match(path, leaf, average.leaves[stored_as], False):
-                at = plan.sources.pop(path)
-                plan.averaged[path] = Place(at, average.residues.get(stored_as), at)
+                del plan.sources[path]
+                plan.averaged[path] = plan.stored.contents.place(average, stored_as)
                 found = True
             elif parameter := _ending(name, params):
                 plan.starts[path] = parameter
@@ -127,6 +129,9 @@ def _averages_in(
         for path, leaf in state.items():
             field = path[size : size + 1]
             if path[:size] != node or field in ((SHADOW,), (RESIDUE,)):
+                continue
+            if field == (ROWS,):  # the averages are brought up to date, so no row has rested
+                plan.rested.append(path)
                 continue
             scalar = average.scalars.get("/".join(path[size:])) if average and found else None
             plan.match(path, leaf, scalar)
@@ -207,6 +212,7 @@ def _refuse_abstract(plan: Plan, leaves: dict[KeyPath, Any]) -> None:
 def _values(plan: Plan, leaves: dict[KeyPath, Any]) -> dict[KeyPath, Any]:
     """Read what was planned, and make averages of it as the state stores them."""
     values = plan.stored.fetch({path: (at, leaves[path]) for path, at in plan.sources.items()})
+    values |= {p: jnp.zeros(leaves[p].shape, leaves[p].dtype) for p in plan.rested}
     exact = plan.stored.averages(plan.averaged, leaves)
     for path, name in plan.starts.items():
         parameter = ("params", *name)

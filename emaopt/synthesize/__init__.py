@@ -20,6 +20,7 @@ from emaopt._tree.numbers import is_inexact
 from emaopt._tree.paths import KeyPath, called, key_paths
 from emaopt.checkpoint._items import inventory, with_digests
 from emaopt.checkpoint._leaf import parts
+from emaopt.checkpoint._place import Place
 from emaopt.checkpoint._run import finished_steps, pick
 from emaopt.checkpoint._stored import Stored
 from emaopt.checkpoint._trees import logical
@@ -80,13 +81,13 @@ class Run:
         self.steps: list[int] = sorted({s.updates for s in self.snapshots})
         self.at: int = self.snapshots[-1].updates
         self.groups: dict[tuple[int, ...], list[KeyPath]] = {}
-        averaged = {leaf for s in everything[steps[-1]] for leaf in s.paths}
+        averaged = {leaf for s in everything[steps[-1]] for leaf in s.places}
         if lost := averaged - self.newest.contents.stored_params.keys():
             raise ValueError(
                 f"{self.newest.path} has no parameters for the averages of {_all(lost)}"
             )
         for leaf in sorted(averaged):
-            held = tuple(i for i, s in enumerate(self.snapshots) if leaf in s.paths)
+            held = tuple(i for i, s in enumerate(self.snapshots) if leaf in s.places)
             self.groups.setdefault(held, []).append(leaf)
         if nowhere := self.groups.get(()):
             raise ValueError(f"no source is an average of {_all(nowhere)}. Pass one that is")
@@ -159,13 +160,13 @@ class Run:
 
 
 class _Snapshot(NamedTuple):
-    """One average in one checkpoint; `paths`: where its leaves are."""
+    """One average in one checkpoint; `places`: where its leaves are."""
 
     stored: Stored
     node: KeyPath
     updates: int
     moments: Moments | None
-    paths: dict[KeyPath, KeyPath]
+    places: dict[KeyPath, Place]
 
 
 def _snapshots(stored: Stored) -> Iterator[_Snapshot]:
@@ -179,7 +180,7 @@ def _snapshots(stored: Stored) -> Iterator[_Snapshot]:
     for node, average in averages.items():
         updates, *ledger = (values[path].item() for path in scalars[node])
         leaves = {
-            name: at
+            name: stored.contents.place(average, name)
             for name, at in average.leaves.items()
             if hasattr(stored.leaf(at), "dtype") and is_inexact(stored.leaf(at))
         }
@@ -196,11 +197,9 @@ def _added_up(
     total = None
     for snapshot, factor in zip(snapshots, factors.tolist(), strict=True):
         if factor:
-            read = snapshot.stored.read(snapshot.paths[leaf] for leaf in like)
+            read = snapshot.stored.averages({leaf: snapshot.places[leaf] for leaf in like})
             wide = lambda value, x: value.astype(np.result_type(value, x), copy=False)
-            tree = {
-                "/".join(leaf): wide(read.pop(snapshot.paths[leaf]), x) for leaf, x in like.items()
-            }
+            tree = {"/".join(leaf): wide(read.pop(leaf), x) for leaf, x in like.items()}
             total = total or Sum(tree)
             total.add(f"{snapshot.stored.path}", tree, factor)
             del tree  # before the next is read

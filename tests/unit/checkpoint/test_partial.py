@@ -230,3 +230,27 @@ def test_another_dtype_stays_as_passed_and_integers_go_on(tmp_path):
     assert skipped["params/w"] == "is float32[3] in the checkpoint, bfloat16[3] here"
     assert (got["w"].dtype, int(got["seen"]), int(state[1].shadow["seen"])) == (jnp.bfloat16, 5, 5)
     np.testing.assert_array_equal(state[1].shadow["w"], np.ones(3))  # the average is float32
+
+
+def test_averages_of_rows_go_on_as_they_were(tmp_path):
+    params = {"table": jnp.arange(12.0).reshape(6, 2)}
+    tx = optax.chain(optax.sgd(0.1), emaopt.ema(0.5, rows={"table": True}))
+
+    def step(params, opt_state, ids):
+        view = {"table": emaopt.rows(jnp.array(ids))}
+        small, state = emaopt.take((params, opt_state), view)
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, small), state, small)
+        small = optax.apply_updates(small, updates)
+        return emaopt.put((params, opt_state), (small, state), view)
+
+    opt_state = tx.init(params)
+    for ids in ([0, 1], [1, 2], [5, 1]):
+        params, opt_state = step(params, opt_state, ids)
+    ocp.save_checkpointables(tmp_path / "3", {"params": params, "opt_state": opt_state})
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        fresh = jax.tree.map(jnp.zeros_like, params)
+        got = checkpoint.resume_partial(checkpointer, fresh, tx.init(fresh))
+    assert got[3] == {}
+    assert_close(emaopt.average(*got[:2]), emaopt.average(params, opt_state), 1e-6)
+    one, other = step(params, opt_state, [0, 3]), step(*got[:2], [0, 3])
+    assert_close(emaopt.average(*other), emaopt.average(*one), 1e-6)

@@ -404,3 +404,20 @@ def test_the_import_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ModuleNotFoundError, match=r'tqdm: pip install "emaopt\[posthoc\]"'):
         importlib.import_module("emaopt.synthesize")
+
+
+def test_what_is_added_up_are_the_averages_that_were_evaluated(tmp_path):
+    """With their residues: of a compensated bfloat16 average the shadow alone has 8 bits."""
+    accumulator = emaopt.compensated(jnp.bfloat16)
+    tx = emaopt.ema(emaopt.power(5), accumulator_dtype=accumulator, ledger=True)
+    params = {"w": jnp.linspace(1.0, 2.0, 7)}
+    opt_state = tx.init(params)
+    with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
+        for step in range(1, 21):
+            params = {"w": params["w"] * 1.01}
+            _, opt_state = tx.update({"w": jnp.zeros(7)}, opt_state, params)
+            if step % 10 == 0:
+                checkpoint.save(checkpointer, step, params, opt_state)
+    Run(tmp_path / "run").write(tmp_path / "out", target=5.0)
+    written = checkpoint.restore_averages(tmp_path / "out", params)["w"]
+    np.testing.assert_allclose(written, emaopt.average(params, opt_state)["w"], rtol=1e-5)
