@@ -6,6 +6,7 @@ averaged ones there are three policies. *Copy* the newest: nothing to do. *Avera
 averaged parameters.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -66,43 +67,26 @@ def recalibrate(
     leaves, treedef = jax.tree.flatten(statistics, is_leaf=is_none)
     leaves: list[Any] = [x if x is None else jnp.asarray(x) for x in leaves]
     names = leaf_names(statistics)
-    moving = [i for i, x in enumerate(leaves) if x is not None and is_inexact(x)]
-    _check_dtypes({names[i]: leaves[i] for i in moving})
+    floating = [i for i, x in enumerate(leaves) if x is not None and is_inexact(x)]
+    _check_dtypes({names[i]: leaves[i] for i in floating})
     batches = iter(batches)
     first = next(batches, _NOTHING)
     if first is _NOTHING:
         raise ValueError("batches is empty. Pass the batches to measure the statistics on.")
 
-    def run(batch, value: float) -> list:
-        """The leaves of the new statistics where the old ones that move are all one value."""
+    def run(batch: Any, moving: list[int], value: float) -> list:
+        """Return the leaves of the new statistics, where each moving old one is `value`."""
         old = [x if x is None else jnp.copy(x) for x in leaves]  # forward may donate them
         for i in moving:
             old[i] = jnp.full_like(leaves[i], value)
         new = forward(treedef.unflatten(old), batch)
         return _leaves_like(new, names, leaves)
 
-    while True:
-        at_zero, at_far = run(first, 0.0), run(first, _FAR)
-        moved = [i for i in moving if not _is_kept(at_zero[i], at_far[i])]
-        if not moved:
-            raise ValueError(
-                "forward changes no floating-point leaf of statistics. Run the model in training "
-                "mode (use_running_average=False) and return what it makes of its statistics."
-            )
-        if moved == moving:
-            break
-        moving = moved  # once more: what is frozen is used as it is
-
-    at_one = run(first, 1.0)
-    share = {i: 1 - (at_far[i] - at_zero[i]) / _FAR for i in moving}
-    for i in moving:
-        _check_average(names[i], share[i], at_zero[i], at_one[i])
-
-    new = at_zero
+    moving, new, share = _probe(functools.partial(run, first), names, floating)
     state = _mean.init([new[i] for i in moving])
     state = _update([new[i] for i in moving], state)
     for batch in batches:
-        new = run(batch, 0.0)
+        new = run(batch, moving, 0.0)
         state = _update([new[i] for i in moving], state)
 
     result = [
@@ -113,6 +97,41 @@ def recalibrate(
         _check_finite(names[i], mean)
         result[i] = mean / share[i]
     return treedef.unflatten(result)
+
+
+def _probe(
+    run: Callable[[list[int], float], list], names: list[str], floating: list[int]
+) -> tuple[list[int], list, dict[int, jax.Array]]:
+    """Find which statistics move on a batch, and by which share each takes the batch's own.
+
+    Args:
+        run: gets the numbers of the leaves that move, and the old value to give them. It returns
+            the leaves of the new statistics.
+        names: the name of each leaf.
+        floating: the numbers of the leaves that may move.
+
+    Returns:
+        The numbers of the leaves that move, the new leaves from old ones of zero, and
+        `1 - momentum` of each leaf that moves.
+    """
+    moving = floating
+    while True:
+        at_zero, at_far = run(moving, 0.0), run(moving, _FAR)
+        moved = [i for i in moving if not _is_kept(at_zero[i], at_far[i])]
+        if not moved:
+            raise ValueError(
+                "forward changes no floating-point leaf of statistics. Run the model in training "
+                "mode (use_running_average=False) and return what it makes of its statistics."
+            )
+        if moved == moving:
+            break
+        moving = moved  # once more: what is frozen is used as it is
+
+    at_one = run(moving, 1.0)
+    share = {i: 1 - (at_far[i] - at_zero[i]) / _FAR for i in moving}
+    for i in moving:
+        _check_average(names[i], share[i], at_zero[i], at_one[i])
+    return moving, at_zero, share
 
 
 def _is_kept(at_zero, at_far) -> bool:

@@ -6,7 +6,7 @@ reads the parameters with plain Orbax and evaluates them. It imports neither ema
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -98,37 +98,12 @@ def train(
         The averages after the last epoch, and the history: a row for each epoch with the loss, and
         the accuracy of the parameters and of the averages.
     """
-    import optax
-
     import emaopt
     from emaopt import checkpoint, summary
 
     training, test = digits()
     steps = len(training[0]) // BATCH_SIZE
-
-    def loss(params, images, labels):
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
-        return jnp.mean(losses)
-
-    rate = emaopt.exponential_decay(0.006, decay_steps=6 * steps, decay_rate=0.9, staircase=True)
-    clip, decay = emaopt.clip_by_global_norm(1.0), emaopt.warmup(DECAY)
-    tx = optax.chain(
-        clip,
-        emaopt.rmsprop(rate, decay=0.9, momentum=0.9, epsilon=1e-3),
-        emaopt.ema(decay),
-    )
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, images, labels):
-        with jax.named_scope("gradients"):
-            value, grads = emaopt.compute_gradients(loss, params, images, labels)
-        with jax.named_scope("update"):
-            params, opt_state = emaopt.apply_gradients(tx, grads, params, opt_state)
-        with jax.named_scope("summary"):
-            known = {"grads": grads, "clip": clip, "learning_rate": rate, "decay": decay}
-            scalars = summary.scalars(params, opt_state, **known, loss=value)
-        return params, opt_state, scalars
-
+    tx, step = _optimizer_and_step(steps)
     params = Network().init(jax.random.key(seed), training[0][:1])["params"]
     opt_state = tx.init(params)
     history = np.zeros((0, 3))
@@ -170,6 +145,42 @@ def train(
                 bar.write(f"{epoch:5}  {history[-1, 0]:.4f}  {raw:13.2%}  {averaged:8.2%}")
                 sys.stdout.flush()
     return emaopt.average(params, opt_state), history
+
+
+def _optimizer_and_step(steps: int) -> tuple[Any, Callable[..., Any]]:
+    """Make the optimizer, and the jitted training step that returns its summary as well.
+
+    `steps`: the number of updates of an epoch.
+    """
+    import optax
+
+    import emaopt
+    from emaopt import summary
+
+    rate = emaopt.exponential_decay(0.006, decay_steps=6 * steps, decay_rate=0.9, staircase=True)
+    clip, decay = emaopt.clip_by_global_norm(1.0), emaopt.warmup(DECAY)
+    tx = optax.chain(
+        clip,
+        emaopt.rmsprop(rate, decay=0.9, momentum=0.9, epsilon=1e-3),
+        emaopt.ema(decay),
+    )
+
+    def loss(params, images, labels):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
+        return jnp.mean(losses)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, images, labels):
+        with jax.named_scope("gradients"):
+            value, grads = emaopt.compute_gradients(loss, params, images, labels)
+        with jax.named_scope("update"):
+            params, opt_state = emaopt.apply_gradients(tx, grads, params, opt_state)
+        with jax.named_scope("summary"):
+            known = {"grads": grads, "clip": clip, "learning_rate": rate, "decay": decay}
+            scalars = summary.scalars(params, opt_state, **known, loss=value)
+        return params, opt_state, scalars
+
+    return tx, step
 
 
 def evaluate(checkpoint: Path) -> float:

@@ -63,7 +63,8 @@ def imports(file):
     """The modules that a file imports, in full; "emaopt" itself for the public package."""
     package = ["emaopt", *Path(file).parts[:-1]]
     tree = ast.parse(FILES[file].read_text())
-    tree.body = [node for node in tree.body if not isinstance(node, ast.If)]  # for types alone
+    for node in filter(_is_for_types, ast.walk(tree)):
+        node.body = []  # no import at run time
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -71,6 +72,10 @@ def imports(file):
             above = package[: len(package) + 1 - node.level] if node.level else []
             modules = [node.module] if node.module else [alias.name for alias in node.names]
             yield from (".".join([*above, module]) for module in modules)
+
+
+def _is_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def place_of(module):
