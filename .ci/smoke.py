@@ -35,15 +35,15 @@ for room in pkgutil.iter_modules(emaopt.__path__):
             importlib.import_module(f"emaopt.{room.name}")
         except ModuleNotFoundError as error:
             absent[room.name] = str(error)
-assert absent.keys() == {"synthesize"}, absent
-assert 'pip install "emaopt[posthoc]"' in absent["synthesize"], absent
+assert absent.keys() == {"merge"}, absent
+assert 'pip install "emaopt[posthoc]"' in absent["merge"], absent
 
 assert command("--version") == (0, f"emaopt {emaopt.__version__}\n", "")
 assert command("--help")[0] == 0
 for extra, arguments in {
     "demo": ["demo"],
     "tf1": ["ls", __file__],  # any file might be a checkpoint of TF1
-    "posthoc": ["synthesize", "run"],
+    "posthoc": ["merge", "run"],
 }.items():
     code, _, errors = command(*arguments)
     assert code, arguments

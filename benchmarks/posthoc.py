@@ -4,7 +4,7 @@
     python benchmarks/posthoc.py --mb 20
 
 The relative error of the profiles; the distance of parameters and the accuracy in a real training
-run; the memory that `emaopt synthesize` takes, beside one snapshot. Writes `results/posthoc.md`.
+run; the memory that `emaopt merge` takes, beside one snapshot. Writes `results/posthoc.md`.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def memory(megabytes, directory):
             "peak = re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1];"
             "print(int(peak) * 1024)"
         )
-        arguments = ["synthesize", directory / name, "--gamma", "9", directory / f"{name}-out"]
+        arguments = ["merge", directory / name, "--gamma", "9", directory / f"{name}-out"]
         command = [sys.executable, "-c", code, *map(str, arguments), "--threshold", "1"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         peaks[name] = int(done.stdout.splitlines()[-1])
@@ -201,7 +201,7 @@ def memory(megabytes, directory):
         "",
         "## Memory of the command",
         "",
-        f"`emaopt synthesize` on {count} checkpoints of two averages and the raw parameters, "
+        f"`emaopt merge` on {count} checkpoints of two averages and the raw parameters, "
         f"{one} MB each ({3 * count * one / 1000:.1f} GB in all): {used:.0f} MB more than on a run "
         f"of 4 kB, {used / one:.2f} times the parameters.",
     ]

@@ -12,7 +12,7 @@
     pack(params)                 a view: many small leaves as one array
 
 Beside it, each loaded at first use: `checkpoint` (Orbax), `tf1` (TensorFlow 1's checkpoints),
-`posthoc` and `synthesize` (averages chosen after training), `presets` (other libraries' decays),
+`posthoc` and `merge` (averages chosen after training), `presets` (other libraries' decays),
 `summary` (TensorBoard). Example: see `ema`.
 """
 
@@ -102,15 +102,15 @@ from ._tree.rows import Rows as Rows, put as put, rows as rows, take as take
 __version__ = _version("emaopt")
 
 # Loaded at first use: each of them needs a package of its own, or is not needed in training.
-_ROOMS = ("checkpoint", "posthoc", "presets", "summary", "synthesize", "tf1")
+_ROOMS = ("checkpoint", "merge", "posthoc", "presets", "summary", "tf1")
 
 if TYPE_CHECKING:
     from . import (
         checkpoint as checkpoint,
+        merge as merge,
         posthoc as posthoc,
         presets as presets,
         summary as summary,
-        synthesize as synthesize,
         tf1 as tf1,
     )
 else:  # a type checker that saw this would take every misspelt name for something

@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_ls(commands)
     _add_diff(commands)
     _add_convert(commands)
-    _add_synthesize(commands)
+    _add_merge(commands)
     return parser
 
 
@@ -247,11 +247,11 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_synthesize(commands: argparse._SubParsersAction) -> None:
-    synthesize = _add(
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    merge = _add(
         commands,
-        "synthesize",
-        "emaopt._commands.synthesize:command",
+        "merge",
+        "emaopt._commands.merge:command",
         help="another average from the checkpoints of a run, after training",
         description=(
             "Add up the averages in the checkpoints of a run to one of another length, and write\n"
@@ -262,19 +262,19 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
             "Leaves of params that are not averaged are those of the newest checkpoint."
         ),
         examples=[
-            "emaopt synthesize run                              what is within reach?",
-            "emaopt synthesize run --sigma-rel 0.15 out",
-            "emaopt synthesize run --window 5000 --at 20000 out",
-            "emaopt synthesize run --source fast=decay:0.99 --source slow=decay:0.998 \\",
+            "emaopt merge run                              what is within reach?",
+            "emaopt merge run --sigma-rel 0.15 out",
+            "emaopt merge run --window 5000 --at 20000 out",
+            "emaopt merge run --source fast=decay:0.99 --source slow=decay:0.998 \\",
             "                      --half-life 700 out",
         ],
         extra="posthoc",
     )
-    synthesize.add_argument("run", metavar="RUN", help="a directory with checkpoints of Orbax")
-    synthesize.add_argument(
+    merge.add_argument("run", metavar="RUN", help="a directory with checkpoints of Orbax")
+    merge.add_argument(
         "destination", metavar="OUT", help="a new directory"
     ).required = False  # nargs="?" would not be looked for after an option
-    target = synthesize.add_mutually_exclusive_group()
+    target = merge.add_mutually_exclusive_group()
     for option, kind, name, what in (
         ("--sigma-rel", float, "S", "a power average of this relative width, up to 0.2887"),
         ("--gamma", float, "G", "a power average of this exponent"),
@@ -289,10 +289,10 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
         ),
     ):
         target.add_argument(option, type=kind, metavar=name, help=what)
-    synthesize.add_argument(
+    merge.add_argument(
         "--at", type=_whole(0, 10**12), metavar="STEP", help="of a checkpoint; default: the newest"
     )
-    synthesize.add_argument(
+    merge.add_argument(
         "--source",
         action="append",
         default=[],
@@ -300,17 +300,17 @@ def _add_synthesize(commands: argparse._SubParsersAction) -> None:
         help="use this average, which was sigma_rel:S, gamma:G, decay:D, half_life:N, warmup:D or "
         "debiased:D, instead of all that have ledgers; repeatable",
     )
-    synthesize.add_argument(
+    merge.add_argument(
         "--threshold",
         type=float,
         default=0.15,
         metavar="E",
         help="the predicted error above which nothing is written; default: %(default)s",
     )
-    synthesize.add_argument(
+    merge.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the predicted error over sigma_rel"
     )
-    synthesize.add_argument("--json", action="store_true", dest="as_json", help="for machines")
+    merge.add_argument("--json", action="store_true", dest="as_json", help="for machines")
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:

@@ -9,10 +9,11 @@ Karras et al., arXiv:2312.02696, for power averages; here for any decay and any 
     weights = posthoc.weights(steps, gammas, at=steps[-1], target=posthoc.gamma(0.15))
     params = posthoc.synthesize(snapshots, weights)
 
-From the checkpoints of a run in one go: `emaopt synthesize`, or `emaopt.synthesize.Run`.
+From the checkpoints of a run in one go: `emaopt merge`, or `emaopt.merge.Run`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,6 +22,7 @@ from emaopt._average.decays import gamma as gamma, sigma_rel as sigma_rel
 from emaopt._tree.checks import check_scalar
 from emaopt._tree.paths import Params
 
+from ._falls import falls_of
 from ._fit import Source as Source, fit, snapshots_of
 from ._sum import Sum
 
@@ -28,19 +30,33 @@ from ._sum import Sum
 THRESHOLD = 0.15
 
 
-def anneal(factors: ArrayLike, at: int, every: int = 1) -> np.ndarray:
+def anneal(
+    factors: ArrayLike | Callable[[np.ndarray], ArrayLike],
+    at: int,
+    every: int = 1,
+    on: ArrayLike | None = None,
+) -> np.ndarray:
     """Return the target that stands for a learning rate that is brought down.
 
     An update whose step was multiplied by f is in a share f of the parameters that are averaged. So
-    each of the `every` updates between two factors has the weight `(factor - next factor) / every`.
+    a fall of the factor from one update to the next is the weight of the parameters between them.
     Tian et al., WSM, arXiv:2507.17634.
+
+    Plain checkpoints are averages of decay 0. With `on`, the falls stand on their steps, so their
+    sum is exact. With n checkpoints, their weights are those of the range mode of Megatron-LM's
+    `weighted_merge.py`, `f(i / n) - f((i + 1) / n)`: `lambda x: 1 - x` gives the plain mean, and
+    `lambda x: 1 - np.sqrt(x)` its `minus-sqrt`. As there, the spacing of the checkpoints does not
+    matter.
 
     Args:
         factors: [k], by what the learning rate would have been multiplied at the update that
             follows step `at - k * every`, and `every` updates later, and so on; linear between
-            them and 0 in the end. From 1 or less, never rising.
+            them and 0 in the end. From 1 or less, never rising. With `on`, the factor of each
+            stretch between two checkpoints, [n - 1]; or a function of the share of the decay that
+            is over, from f(0) = 1 to f(1) = 0.
         at: The update at which the learning rate is 0.
-        every: The number of updates from one factor to the next.
+        every: The number of updates from one factor to the next. Not with `on`.
+        on: The steps of n checkpoints, rising, at most `at`.
 
     Returns:
         The weights of the initial parameters and of each update, float64 [at + 1].
@@ -48,16 +64,39 @@ def anneal(factors: ArrayLike, at: int, every: int = 1) -> np.ndarray:
     Example:
         >>> anneal([0.75, 0.25], at=3).tolist()
         [0.0, 0.25, 0.5, 0.25]
+        >>> anneal([0.75, 0.25], at=6, on=[2, 4, 6]).tolist()
+        [0.0, 0.0, 0.25, 0.0, 0.5, 0.0, 0.25]
+        >>> anneal(lambda x: 1 - x**2, at=6, on=[3, 6]).tolist()
+        [0.0, 0.0, 0.0, 0.25, 0.0, 0.0, 0.75]
     """
-    from_one_to_zero = np.concatenate([[1.0], np.asarray(factors, np.float64).ravel(), [0.0]])
-    falls = from_one_to_zero[:-1] - from_one_to_zero[1:]
-    if min(falls) < 0:
-        raise ValueError(f"factors={factors} rises. Pass numbers from 1 or less to 0 or more.")
+    if on is not None:
+        return _on_steps(factors, at, every, on)
+    if callable(factors):
+        raise ValueError(
+            "factors is a function, and on is missing. Pass the steps of the checkpoints as on=, "
+            "or numbers in place of the function."
+        )
+    falls = falls_of(factors)
     of_each_update = np.repeat(falls[1:] / every, _count("every", every, at))
     length = len(of_each_update)
     fits = lambda t: (t >= length) & (t % 1 == 0)
     check_scalar("at", at, fits, f"a whole number of updates, {length} or more")
     return np.concatenate([np.zeros(int(at) - length), falls[:1], of_each_update])
+
+
+def _on_steps(factors: Any, at: int, every: int, on: ArrayLike) -> np.ndarray:
+    """Return the falls of the factors on the steps of checkpoints."""
+    steps = np.ravel(on)
+    whole = len(steps) > 0 and all(step % 1 == 0 for step in steps)
+    if not whole or steps[0] < 0 or steps[-1] > at or (np.diff(steps) <= 0).any():
+        raise ValueError(
+            f"on={on} does not fit. Pass whole numbers of updates that rise, from 0 to at={at}."
+        )
+    if every != 1:
+        raise ValueError(f"every={every} has no meaning with on. Leave it out.")
+    weights = np.zeros(int(at) + 1)
+    weights[steps.astype(int)] = falls_of(factors, len(steps))
+    return weights
 
 
 def window(n: int, at: int) -> np.ndarray:

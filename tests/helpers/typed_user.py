@@ -13,7 +13,7 @@ import optax
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
-from emaopt import checkpoint, posthoc, presets, summary, synthesize
+from emaopt import checkpoint, merge, posthoc, presets, summary
 
 
 Params = dict[str, jax.Array]
@@ -192,7 +192,7 @@ def after_training(snapshots: list[Params]) -> Params:
     assert_type(error, float)
     weights = posthoc.weights([10, 20], emaopt.half_life(5), at=20, target=emaopt.power(3))
     print(posthoc.sigma_rel(gammas[0]))
-    synthesize.Run("/run", sources={"fast": 0.05}).write("/out", target=posthoc.gamma(0.15))
+    merge.Run.open("/run", sources={"fast": 0.05}).write("/out", target=posthoc.gamma(0.15))
     return assert_type(posthoc.synthesize(snapshots, weights), Params)
 
 

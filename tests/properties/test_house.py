@@ -28,14 +28,14 @@ ROOMS = {
         {"_tree", "_average", "_optimizers", "_names", "_extras"},
         LIGHT | {"tensorboardX"},
     ),
-    "synthesize": (
+    "merge": (
         {"_tree", "_average", "checkpoint", "posthoc"},
         LIGHT | {"etils", "orbax", "tqdm"},
     ),
     "__init__": ({"_tree", "_average", "_optimizers", "_names"}, set()),
     "_commands": (
         {"", "_extras", "_tree", "_average", "_optimizers", "_names"}
-        | {"checkpoint", "posthoc", "synthesize", "tf1"},
+        | {"checkpoint", "posthoc", "merge", "tf1"},
         LIGHT | {"etils", "flax", "matplotlib", "orbax", "sklearn", "tqdm"},
     ),
     "__main__": ({"", "_extras", "_tree", "_commands"}, set()),
@@ -49,11 +49,11 @@ FLOORS = {
     "checkpoint": "_errors _leaf _digest _place _run _trees | _contents _item | _stored _items"
     " | _partial _export _watch | _resume | __init__",
     "presets": "_common | _tensorflow _pytorch _trainers _jax | __init__",
-    "posthoc": "_fit _sum | __init__",
+    "posthoc": "_falls _fit _sum | __init__",
     "tf1": "_rename | _files _leaves | __init__",
     "summary": "_graph _histogram | _writer | __init__",
-    "synthesize": "_sources | __init__",
-    "_commands": "running paths progress safetensors digits demo | convert | ls diff synthesize",
+    "merge": "_ledgers | __init__",
+    "_commands": "running paths progress safetensors digits demo | convert | ls diff merge",
 }
 # jax loads etils itself
 HEAVY = set.union(*(packages for _, packages in ROOMS.values())) - LIGHT - {"etils"}
@@ -140,7 +140,7 @@ def test_importing_the_package_loads_jax_numpy_and_optax_only():
     assert not loaded_by("import emaopt") & HEAVY
 
 
-@pytest.mark.parametrize("command", ["", "demo", "ls", "convert", "synthesize", "diff"])
+@pytest.mark.parametrize("command", ["", "demo", "ls", "convert", "merge", "diff"])
 def test_help_loads_nothing_heavy(command):
     code = (
         "import contextlib, emaopt.__main__ as m; s = contextlib.suppress(SystemExit); "

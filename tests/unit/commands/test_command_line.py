@@ -24,7 +24,7 @@ COMMANDS = next(
     for action in make_parser()._actions
     if isinstance(action, argparse._SubParsersAction)
 )
-NEEDED = {"demo": "", "ls": "run", "convert": "run new", "synthesize": "run", "diff": "run"}
+NEEDED = {"demo": "", "ls": "run", "convert": "run new", "merge": "run", "diff": "run"}
 
 
 @pytest.fixture(params=COMMANDS)

@@ -273,6 +273,47 @@ def test_an_anneal_is_the_run_whose_steps_were_scaled(make, n):
     np.testing.assert_allclose(shares[: 10 - n], 1)
 
 
+def range_mode(schedule, n):
+    """The weights of Megatron-LM's range mode, as its rule says: `weighted_merge.py`, June 2026."""
+    decayed = [schedule(i / n) for i in range(n)]
+    if n == 1:
+        return [1.0]
+    weights = [0.0] * n
+    weights[-1] = decayed[-1]
+    for i in range(1, n - 1):
+        weights[i] = decayed[i] - decayed[i + 1]
+    weights[0] = 1 - sum(weights)
+    return weights
+
+
+SHAPES = {
+    "linear": lambda x: 1 - x,
+    "minus-sqrt": lambda x: 1 - np.sqrt(x),
+    "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n", [1, 2, 10])
+def test_on_plain_checkpoints_the_weights_are_those_of_megatron(shape, n):
+    steps = 20 * np.arange(1, n + 1)
+    target = posthoc.anneal(SHAPES[shape], at=steps[-1], on=steps)
+    np.testing.assert_allclose(target[steps], range_mode(SHAPES[shape], n), atol=1e-15)
+    assert np.count_nonzero(target) == n
+    plain = {"at": int(steps[-1]), "gammas": [lambda t: jnp.float32(0)], "target": target}
+    factors = posthoc.weights(steps, **plain)
+    np.testing.assert_allclose(factors, target[steps], atol=1e-14)
+    assert posthoc.residual(steps, **plain) < 1e-14
+    if shape == "linear":
+        np.testing.assert_allclose(factors, 1 / n)
+
+
+def test_falls_on_steps_are_those_of_the_factors_between_them():
+    target = posthoc.anneal([0.8, 0.5], at=9, on=[0, 4, 7])
+    np.testing.assert_allclose(target, [0.2, 0, 0, 0, 0.3, 0, 0, 0.5, 0, 0], atol=1e-15)
+    assert posthoc.anneal([], at=2, on=[1]).tolist() == [0, 1, 0]
+
+
 FEW = {"steps": [250, 500, 750, 1000], "gammas": TWO, "at": 1000}
 
 
@@ -326,6 +367,10 @@ def test_bad_arguments_are_named(function, change, told):
         (lambda: posthoc.anneal([1.5], 9), r"factors=\[1.5\] rises"),
         (lambda: posthoc.anneal([-0.5], 9), r"factors=\[-0.5\] rises"),
         (lambda: posthoc.anneal([1, 0.5], 9, 5), "at=9 is out of range. .* 10 or more"),
+        (lambda: posthoc.anneal([0.5], 9, on=[9]), "factors has 1 numbers for 1 checkpoints. Pass"),
+        (lambda: posthoc.anneal([0.5], 9, on=[9, 3]), r"on=\[9, 3\] does not fit. .* to at=9"),
+        (lambda: posthoc.anneal([0.5], 9, 2, on=[3, 9]), "every=2 has no meaning with on"),
+        (lambda: posthoc.anneal(np.sqrt, 9), "factors is a function, and on is missing. Pass the"),
         (lambda: posthoc.window(10, 9), "n=10 is out of range. .* from 1 to at=9"),
         (lambda: posthoc.window(1.5, 9), "n=1.5 is out of range"),
         (lambda: posthoc.one_minus_sqrt(9, 9, 2), "every=2 is out of range. Pass a divisor of n=9"),

@@ -1,4 +1,4 @@
-"""`emaopt synthesize`: what is read from a run, written, listed, drawn and refused."""
+"""`emaopt merge`: what is read from a run, written, listed, drawn and refused."""
 
 import importlib
 import json
@@ -13,12 +13,12 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-import emaopt.synthesize
+import emaopt.merge
 from emaopt import checkpoint, posthoc
 from emaopt.__main__ import main
+from emaopt.merge import Run
+from emaopt.merge._ledgers import Moments, recognize
 from emaopt.posthoc._fit import profile_of
-from emaopt.synthesize import Run
-from emaopt.synthesize._sources import Moments, recognize
 
 
 PARAMS = {
@@ -86,7 +86,7 @@ def runs(tmp_path_factory):
 
 
 def run(capsys, *arguments):
-    main(["synthesize", *map(str, arguments), "--json"])
+    main(["merge", *map(str, arguments), "--json"])
     return json.loads(capsys.readouterr().out)
 
 
@@ -148,22 +148,22 @@ def test_each_leaf_is_made_of_the_averages_that_hold_it(runs, tmp_path, capsys):
 
 
 def test_narrow_averages_are_added_up_in_the_parameters_dtype(runs, tmp_path):
-    Run(runs[0] / "narrow").write(tmp_path / "out", posthoc.gamma(0.12))
+    Run.open(runs[0] / "narrow").write(tmp_path / "out", posthoc.gamma(0.12))
     kernel = checkpoint.restore_averages(tmp_path / "out", PARAMS)["dense"]["kernel"]
     assert kernel.dtype == jnp.float32
     assert not np.array_equal(kernel, kernel.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_in_parts_it_is_the_same(runs, tmp_path, monkeypatch):
-    parts, added_up = [], emaopt.synthesize._added_up
+    parts, added_up = [], emaopt.merge._added_up
     monkeypatch.setattr(
-        "emaopt.synthesize._added_up",
+        "emaopt.merge._added_up",
         lambda *args: [parts.append(set(args[2])), added_up(*args)][1],
     )
     outs = [tmp_path / "whole", tmp_path / "parts"]
     for out, size in zip(outs, (2**25, 1), strict=True):
-        monkeypatch.setattr("emaopt.synthesize.BYTES_AT_ONCE", size)
-        Run(runs[0] / "two").write(out, posthoc.gamma(0.15))
+        monkeypatch.setattr("emaopt.merge.BYTES_AT_ONCE", size)
+        Run.open(runs[0] / "two").write(out, posthoc.gamma(0.15))
     kernel, bias = ("dense", "kernel"), ("dense", "bias")
     assert parts == [{kernel, bias}, {bias}, {kernel}]
     whole, in_parts = (checkpoint.restore_averages(out, PARAMS) for out in outs)
@@ -171,14 +171,14 @@ def test_in_parts_it_is_the_same(runs, tmp_path, monkeypatch):
 
 
 def test_from_python_any_decay_is_a_source_and_any_weights_a_target(runs, tmp_path):
-    recorded = Run(runs[0] / "hidden", sources={"mean": emaopt.after(30, emaopt.power(0))})
+    recorded = Run.open(runs[0] / "hidden", sources={"mean": emaopt.after(30, emaopt.power(0))})
     assert recorded.steps == list(range(EVERY, T + 1, EVERY))
     assert recorded.at == T
     error = recorded.write(tmp_path / "out", posthoc.window(80, T))
     assert error == recorded.residual(posthoc.window(80, T)) < 1e-6
     made = checkpoint.restore_averages(tmp_path / "out", PARAMS)["dense"]["kernel"]
     np.testing.assert_allclose(made, runs[1]["kernel"][81:].mean(0), atol=1e-5)
-    two = Run(runs[0] / "two", sources={"fast": FAST, "slow": SLOW})
+    two = Run.open(runs[0] / "two", sources={"fast": FAST, "slow": SLOW})
     assert two.residual(FAST) < 1e-12
     target = posthoc.gamma(0.15)
     predicted = posthoc.residual(two.steps, TWO, at=T, target=emaopt.power(target))
@@ -191,7 +191,7 @@ def test_lists_numbers_and_the_value_of_nnx_stay_what_they_are(tmp_path):
         state = {"shadow": leaf | {"epoch": None}, "step": np.array(step, np.int32)}
         items = {"params": leaf, "opt_state": state}
         ocp.save_checkpointables(tmp_path / "run" / str(step), items)
-    recorded = Run(tmp_path / "run", sources={"ema": 0.0})
+    recorded = Run.open(tmp_path / "run", sources={"ema": 0.0})
     recorded.write(tmp_path / "out", posthoc.window(1, 2))
     made = ocp.load(tmp_path / "out", leaf, checkpointable_name="params")
     np.testing.assert_array_equal(made["w"][0]["value"], [3.0, 3.0])  # 2 * 2 - 1
@@ -200,7 +200,7 @@ def test_lists_numbers_and_the_value_of_nnx_stay_what_they_are(tmp_path):
 
 def test_what_is_written_says_what_it_is(runs, tmp_path, capsys):
     out = tmp_path / "out"
-    main(["synthesize", str(runs[0] / "two"), "--sigma-rel", "0.15", str(out)])
+    main(["merge", str(runs[0] / "two"), "--sigma-rel", "0.15", str(out)])
     shown = capsys.readouterr()
     assert shown.err == ""
     assert shown.out.splitlines() == [
@@ -211,7 +211,7 @@ def test_what_is_written_says_what_it_is(runs, tmp_path, capsys):
         f"{out}: --sigma-rel 0.15 after 160 updates, predicted error 0.11",
         "As in the newest checkpoint, being no averages: frozen, n",
     ]
-    about = ocp.checkpointables_metadata(out).custom_metadata["synthesized"]
+    about = ocp.checkpointables_metadata(out).custom_metadata["merged"]
     assert about["target"] == "--sigma-rel 0.15"
     assert about["updates"] == T
     assert about["residual"] == pytest.approx(0.105, abs=1e-3)
@@ -233,7 +233,7 @@ def test_without_a_target_the_list_of_targets_is_shown(runs, capsys):
         assert rows[option]["mean_age"] == pytest.approx(weights @ (T - np.arange(T + 1)), rel=1e-6)
         assert rows[option]["within"] == (rows[option]["residual"] <= 0.15)
     assert {row["within"] for row in told["targets"]} == {True, False}
-    main(["synthesize", str(runs[0] / "two"), "--threshold", "0.01"])
+    main(["merge", str(runs[0] / "two"), "--threshold", "0.01"])
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("--sigma-rel 0.15 ")]
     assert line.split()[3:] == ["0.11", "out", "of", "reach"]
@@ -257,7 +257,7 @@ def test_the_predicted_errors_are_drawn(runs, tmp_path, capsys):
         ("two", []),
         ("plain", ["--source", "a=decay:0.9", "--source", "b=decay:1"]),
     ):
-        main(["synthesize", str(runs[0] / name), *source, "--plot", str(tmp_path / f"{name}.png")])
+        main(["merge", str(runs[0] / name), *source, "--plot", str(tmp_path / f"{name}.png")])
     two, plain = (imread(tmp_path / f"{name}.png")[..., :3] for name in ("two", "plain"))
     blue = np.abs(two - np.array([0x1F, 0x77, 0xB4]) / 255).max(axis=2) < 0.02
     rows, columns = np.nonzero(blue)
@@ -363,14 +363,14 @@ def odd(tmp_path_factory):
         ("nowhere", "nowhere holds no finished checkpoint"),
     ],
 )
-def test_a_mistake_of_synthesize_prints_one_line(arguments, told, runs, odd, monkeypatch, capsys):
+def test_a_mistake_of_merge_prints_one_line(arguments, told, runs, odd, monkeypatch, capsys):
     monkeypatch.chdir(odd)
     with pytest.raises(SystemExit) as exit_:
-        main(["synthesize", *arguments.format(runs=runs[0]).split()])
+        main(["merge", *arguments.format(runs=runs[0]).split()])
     assert exit_.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("emaopt synthesize: ")
+    assert shown.err.startswith("emaopt merge: ")
     assert shown.err.count("\n") == 1
     assert re.search(told, shown.err)
     assert not Path("new").exists()
@@ -378,7 +378,7 @@ def test_a_mistake_of_synthesize_prints_one_line(arguments, told, runs, odd, mon
 
 def test_nothing_is_overwritten(runs, tmp_path):
     with pytest.raises(FileExistsError, match=r"exists\. Remove it or pass another path"):
-        Run(runs[0] / "two").write(tmp_path, 5.0)
+        Run.open(runs[0] / "two").write(tmp_path, 5.0)
 
 
 def forget(monkeypatch, *rooms):
@@ -392,18 +392,18 @@ def forget(monkeypatch, *rooms):
 
 @pytest.mark.parametrize("missing", ["tqdm", "matplotlib.figure"])
 def test_without_a_package_the_extra_is_named(missing, runs, tmp_path, monkeypatch, capsys):
-    forget(monkeypatch, "emaopt.synthesize", "emaopt._commands.synthesize")
+    forget(monkeypatch, "emaopt.merge", "emaopt._commands.merge")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit):
-        main(["synthesize", str(runs[0] / "two"), "--plot", str(tmp_path / "a.png")])
+        main(["merge", str(runs[0] / "two"), "--plot", str(tmp_path / "a.png")])
     assert f'{missing} is not installed. pip install "emaopt[posthoc]"' in capsys.readouterr().err
 
 
 def test_the_import_names_the_extra(monkeypatch):
-    forget(monkeypatch, "emaopt.synthesize", "emaopt._commands.synthesize")
+    forget(monkeypatch, "emaopt.merge", "emaopt._commands.merge")
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ModuleNotFoundError, match=r'tqdm: pip install "emaopt\[posthoc\]"'):
-        importlib.import_module("emaopt.synthesize")
+        importlib.import_module("emaopt.merge")
 
 
 def test_what_is_added_up_are_the_averages_that_were_evaluated(tmp_path):
@@ -418,6 +418,6 @@ def test_what_is_added_up_are_the_averages_that_were_evaluated(tmp_path):
             _, opt_state = tx.update({"w": jnp.zeros(7)}, opt_state, params)
             if step % 10 == 0:
                 checkpoint.save(checkpointer, step, params, opt_state)
-    Run(tmp_path / "run").write(tmp_path / "out", target=5.0)
+    Run.open(tmp_path / "run").write(tmp_path / "out", target=5.0)
     written = checkpoint.restore_averages(tmp_path / "out", params)["w"]
     np.testing.assert_allclose(written, emaopt.average(params, opt_state)["w"], rtol=1e-5)

@@ -1,6 +1,6 @@
 """Another average from the checkpoints of a run, after training: `emaopt.posthoc` on disk::
 
-    run = Run("/run")                                # what the averages are, their ledgers say
+    run = Run.open("/run")                                # what the averages are, their ledgers say
     run.write("/out", target=posthoc.gamma(0.15))
 
 Everything but the averages (leaves of `params` that have none, integers) is the newest
@@ -8,6 +8,7 @@ checkpoint's.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -28,14 +29,14 @@ from emaopt.posthoc import THRESHOLD
 from emaopt.posthoc._fit import Source, fit, profile_of
 from emaopt.posthoc._sum import Sum
 
-from ._sources import Moments, NamedSource, recognize
+from ._ledgers import Moments, NamedSource, recognize
 
 
 try:
     from tqdm import tqdm
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
-        'emaopt.synthesize needs tqdm: pip install "emaopt[posthoc]"', name="tqdm"
+        'emaopt.merge needs tqdm: pip install "emaopt[posthoc]"', name="tqdm"
     ) from None
 
 
@@ -43,54 +44,72 @@ BYTES_AT_ONCE = 2**25  # of a snapshot, read
 NEGLIGIBLE = 1e-9  # a factor beside the largest one: less than float32 resolves
 
 
+@dataclass(frozen=True)
 class Run:
-    """The averages in the checkpoints of a run, up to step `at`: by default, all.
+    """The averages in the checkpoints of a run.
 
-    `sources`: the averages to use, by name, and what each was: a decay, or a gamma. By default all
-    are used, and their ledgers say what they were (`ema(..., ledger=True)`).
-
-    `at`: the updates of the last checkpoint; `steps`: of each of them.
+    Attributes:
+        path: The newest checkpoint.
+        newest: The same, as it is stored.
+        sources: What each average was, by the path of its node.
+        names: What to call each average, by the path of its node.
+        snapshots: Every average in every checkpoint.
+        steps: The updates of the checkpoints.
+        at: The updates of the newest one.
+        groups: The leaves that are averaged, by the snapshots that hold them.
     """
 
-    def __init__(
-        self,
+    path: Path
+    newest: Stored
+    sources: dict[KeyPath, NamedSource]
+    names: dict[KeyPath, str]
+    snapshots: list["_Snapshot"]
+    steps: list[int]
+    at: int
+    groups: dict[tuple[int, ...], list[KeyPath]]
+
+    @classmethod
+    def open(
+        cls,
         run: Any,
         at: int | None = None,
         sources: dict[str, Source | NamedSource] | None = None,
-    ):
+    ) -> "Run":
+        """Find the averages in the checkpoints of a run. No parameter is read.
+
+        Args:
+            run: The directory of the run.
+            at: The step of the last checkpoint that is used; by default the newest.
+            sources: The averages to use, by name, and what each was: a decay, or a gamma. By
+                default all are used, and their ledgers say what they were
+                (`ema(..., ledger=True)`).
+
+        Raises:
+            ValueError: There is no average, or nothing says what it was.
+            FileNotFoundError: There is no such checkpoint.
+        """
         found = finished_steps(Path(run))
-        self.path = pick(found, at, run)
+        path = pick(found, at, run)
         steps = sorted(step for step in found if at is None or step <= at)
         stored = {step: Stored(found[step]) for step in steps}
         everything = {step: list(_snapshots(stored[step])) for step in steps}
-        self.newest: Stored = stored[steps[-1]]
-        self.sources: dict[KeyPath, NamedSource] = _sources(
-            [s for each in everything.values() for s in each], sources
-        )
-        self.names: dict[KeyPath, str] = _names(self.sources)
-        self.snapshots: list[_Snapshot] = []
+        newest = stored[steps[-1]]
+        used = _sources([s for each in everything.values() for s in each], sources)
+        names = _names(used)
+        snapshots: list[_Snapshot] = []
         for each in everything.values():
-            used = [s for s in each if s.node in self.sources]
-            if len({s.updates for s in used}) > 1:
-                counts = ", ".join(f"{self.names[s.node]} {s.updates}" for s in used)
+            here = [s for s in each if s.node in used]
+            if len({s.updates for s in here}) > 1:
+                counts = ", ".join(f"{names[s.node]} {s.updates}" for s in here)
                 raise ValueError(
-                    f"the averages in {used[0].stored.path} count different updates: {counts}. "
+                    f"the averages in {here[0].stored.path} count different updates: {counts}. "
                     "Pass a source for those that go together"
                 )
-            self.snapshots += used
-        self.steps: list[int] = sorted({s.updates for s in self.snapshots})
-        self.at: int = self.snapshots[-1].updates
-        self.groups: dict[tuple[int, ...], list[KeyPath]] = {}
+            snapshots += here
         averaged = {leaf for s in everything[steps[-1]] for leaf in s.places}
-        if lost := averaged - self.newest.contents.stored_params.keys():
-            raise ValueError(
-                f"{self.newest.path} has no parameters for the averages of {_all(lost)}"
-            )
-        for leaf in sorted(averaged):
-            held = tuple(i for i, s in enumerate(self.snapshots) if leaf in s.places)
-            self.groups.setdefault(held, []).append(leaf)
-        if nowhere := self.groups.get(()):
-            raise ValueError(f"no source is an average of {_all(nowhere)}. Pass one that is")
+        groups = _groups(newest, averaged, snapshots)
+        updates = sorted({s.updates for s in snapshots})
+        return cls(path, newest, used, names, snapshots, updates, snapshots[-1].updates, groups)
 
     def residual(self, target: Source | np.ndarray) -> float:
         """The predicted error of a target, see `emaopt.posthoc.residual`: of the worst leaf."""
@@ -136,7 +155,7 @@ class Run:
         params = jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in names])
         items = with_digests({"params": params})
         about = {"target": note, "updates": self.at, "residual": residual}
-        metadata = inventory(items) | {"synthesized": about}
+        metadata = inventory(items) | {"merged": about}
         ocp.save_checkpointables(destination, items, custom_metadata=metadata)
         return residual
 
@@ -208,6 +227,21 @@ def _added_up(
     return {leaf: summed["/".join(leaf)].astype(x.dtype, copy=False) for leaf, x in like.items()}
 
 
+def _groups(
+    newest: Stored, averaged: set[KeyPath], snapshots: list[_Snapshot]
+) -> dict[tuple[int, ...], list[KeyPath]]:
+    """Return the leaves that are averaged, by the snapshots that hold them."""
+    if lost := averaged - newest.contents.stored_params.keys():
+        raise ValueError(f"{newest.path} has no parameters for the averages of {_all(lost)}")
+    groups: dict[tuple[int, ...], list[KeyPath]] = {}
+    for leaf in sorted(averaged):
+        held = tuple(i for i, s in enumerate(snapshots) if leaf in s.places)
+        groups.setdefault(held, []).append(leaf)
+    if nowhere := groups.get(()):
+        raise ValueError(f"no source is an average of {_all(nowhere)}. Pass one that is")
+    return groups
+
+
 def _all(leaves: Iterable[KeyPath]) -> str:
     return ", ".join(sorted("/".join(leaf) for leaf in leaves))
 
@@ -251,7 +285,7 @@ def _sources(
             why = "has a ledger that fits no simple decay" if ledgers else "has no ledger"
             raise ValueError(
                 f"average {names[node]} {why}. Say what it was: --source "
-                f"{names[node]}=half_life:1000, or in Python Run(..., sources=...)"
+                f"{names[node]}=half_life:1000, or in Python Run.open(..., sources=...)"
             )
         sources[node] = found
     if not sources:

@@ -1,4 +1,4 @@
-"""`emaopt synthesize`: what it prints and draws."""
+"""`emaopt merge`: what it prints and draws."""
 
 import json
 import math
@@ -10,10 +10,10 @@ import numpy as np
 
 from emaopt._average.decays import gamma, half_life, sigma_rel
 from emaopt._extras import require
+from emaopt.merge import Run
+from emaopt.merge._ledgers import parse
 from emaopt.posthoc import one_minus_sqrt, window
 from emaopt.posthoc._fit import profile_of
-from emaopt.synthesize import Run
-from emaopt.synthesize._sources import parse
 
 from .paths import absolute
 
@@ -50,7 +50,7 @@ def command(
     if destination and absolute(destination).exists():
         raise FileExistsError(f"{destination} exists. Pass another OUT")
     given = dict(_named(text) for text in source)
-    recorded = Run(absolute(run), at, given)
+    recorded = Run.open(absolute(run), at, given)
     if plot:
         _draw(recorded, threshold, plot)
     about = {
