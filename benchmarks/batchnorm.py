@@ -50,6 +50,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=16)
     options = parser.parse_args()
     lines = [
+        "# Averaged weights with batch normalization",
+        "",
         f"Test accuracy in %, mean and standard deviation over {options.seeds} seeds, jax "
         f"{jax.__version__}; made by `python benchmarks/batchnorm.py`.",
         "",

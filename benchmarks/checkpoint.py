@@ -146,6 +146,8 @@ def main():
         shutil.rmtree(root)
 
     lines = [
+        "# What a checkpoint costs",
+        "",
         f"{total / 1e9:.2f} GB in {len(jax.tree.leaves((params, opt_state)))} arrays, of which the "
         f"averages are {copy / 1e9:.3f} GB; medians of {args.rounds} interleaved rounds: of the "
         "seconds, and of the ratios within each round.",

@@ -122,6 +122,8 @@ def main():
         shutil.rmtree(root)
 
     lines = [
+        "# What `emaopt convert` needs",
+        "",
         f"{total / 1e9:.2f} GB in {len(transformer(args.blocks)) * 4 + 3} variables; what came "
         "back is the same, bit for bit.",
         "",

@@ -235,7 +235,7 @@ def main():
         f"Deviation from TensorFlow 1.15.5, jax {jax.__version__}, optax {optax.__version__}, "
         f"{jax.default_backend()}; made by `python benchmarks/exactness.py`."
     )
-    text = "\n".join([title, "", *lines, ""])
+    text = "\n".join(["# How near TensorFlow 1.15.5", "", title, "", *lines, ""])
     print(text, end="")
     (RESULTS / "exactness.md").write_text(text)
 

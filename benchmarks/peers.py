@@ -42,6 +42,7 @@ def main() -> None:
     ]
     text = "\n".join(lines)
     (RESULTS / "peers.md").write_text(
+        "# The presets beside the real libraries\n\n"
         "Worst deviation from the libraries' own averages: `python benchmarks/peers.py`. The\n"
         f"float64 of ema_pytorch's `EMA` has decays in float32.\n\n{text}\n"
     )

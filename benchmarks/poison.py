@@ -118,7 +118,9 @@ def main() -> None:
                 kinds = [(place, nan)]
             lines += [f"| {kind} | `{name}` | {cells}" for kind, cells in kinds]
     text = "\n".join(lines)
-    (RESULTS / "poison.md").write_text(f"`python benchmarks/poison.py`\n\n{text}\n")
+    (RESULTS / "poison.md").write_text(
+        f"# What one bad number does\n\n`python benchmarks/poison.py`\n\n{text}\n"
+    )
     print(text)
 
 

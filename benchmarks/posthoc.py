@@ -217,7 +217,7 @@ def main():
         lines = [*profile_errors(), *training(), *memory(args.mb, directory)]
     finally:
         shutil.rmtree(directory)
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(["# Averages that are chosen after training", "", *lines]) + "\n"
     print(text)
     (RESULTS / "posthoc.md").write_text(text)
 

@@ -51,6 +51,8 @@ def rows():
 def main():
     """Print the table and write it."""
     lines = [
+        "# A half-life in samples",
+        "",
         f"Half-life in samples, {HALF_LIFE} asked for; jax {jax.__version__}; made by "
         "`python benchmarks/units.py`.",
         "",

@@ -8,6 +8,7 @@ no page documents is an error, and so is a link that leads nowhere.
 import ast
 import contextlib
 import html
+import importlib
 import importlib.util
 import io
 import os
@@ -24,7 +25,14 @@ version = release = emaopt.__version__
 root_doc = "README"
 include_patterns = ["*.md", "docs/**", "notebooks/*", "benchmarks/**.md"]
 exclude_patterns = ["**/.*", "**/*.py"]
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "myst_nb",
+]
 html_theme = "furo"
 html_static_path = html_css_files = ["site.css"]
 html_title = "emaopt"
@@ -41,8 +49,11 @@ autodoc_typehints = "none"  # `Args:` says what each is, in fewer words than Arr
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 default_role = "py:obj"  # `name` is code, and a link if it is a name of ours
-highlight_language = "none"
+highlight_language = "default"  # Python, where it is
 python_maximum_signature_line_length = 88
+autosummary_generate = False
+viewcode_follow_imported_members = True
+copybutton_exclude = ".linenos, .gp, .go"  # neither prompts nor what was printed
 toc_object_entries_show_parents = "hide"
 
 CONTENTS = {
@@ -106,11 +117,36 @@ ROOMS = ["emaopt"] + [
 ]
 
 
+# 1e-6 and 1.0-2.5: a browser would break the line after the hyphen
+NUMBER = re.compile(r"(\d[\d.,]*(?:e?-\d[\d.,]*)+)")
+
+
 def _contents(app, document, source):
+    """Add the contents of a guide, and to a page of the reference a list of what it describes."""
     del app
     source[0] += CONTENTS.get(document, "")
-    if document.startswith("benchmarks/") and not source[0].startswith("# "):
-        source[0] = f"# {document}\n\n{source[0]}"  # a table alone
+    first = re.search(r"^\.\. auto(?!module)\w+::", source[0], re.MULTILINE)
+    if document.startswith("docs/api/") and first:
+        names = re.findall(r"^\.\. auto(?!module)\w+:: (\w+)", source[0], re.MULTILINE)
+        listed = "".join(f"   {name}\n" for name in names)
+        summary = f".. autosummary::\n   :nosignatures:\n\n{listed}\n"
+        source[0] = source[0][: first.start()] + summary + source[0][first.start() :]
+
+
+def _whole_numbers(app, document):
+    """Keep every number on one line, and short code with a number in it."""
+    del app
+    from docutils import nodes
+
+    for text in list(document.findall(nodes.Text)):
+        pieces = NUMBER.split(text)
+        if len(pieces) == 1 or isinstance(text.parent, nodes.literal_block):
+            continue
+        if isinstance(text.parent, nodes.literal):
+            text.parent["classes"] += ["number"] if len(text) < 25 else []
+            continue
+        number = {1: lambda piece: nodes.inline("", piece, classes=["number"]), 0: nodes.Text}
+        text.parent.replace(text, [number[i % 2](piece) for i, piece in enumerate(pieces)])
 
 
 def _linked(app, document):
@@ -129,6 +165,14 @@ def _linked(app, document):
             )
             link["refdoc"], link["refexplicit"] = app.env.docname, True
             literal.replace_self(link)
+
+
+def _module(app, room, name):
+    """Return a room that shows what another one defines: one file of source leads to one room."""
+    del app
+    described = getattr(importlib.import_module(room), name, None) if room else None
+    module = getattr(described, "__module__", None) or room
+    return room if room and not f"{module}.".startswith(f"{room}.") else None
 
 
 def _check(app, env):
@@ -191,5 +235,7 @@ def setup(app) -> None:
     app.add_directive("help", Help)
     app.connect("source-read", _contents)
     app.connect("doctree-read", _linked)
+    app.connect("doctree-read", _whole_numbers)
+    app.connect("viewcode-follow-imported", _module)
     app.connect("env-check-consistency", _check)
     app.connect("build-finished", _finish)

@@ -1,4 +1,4 @@
-"""docs/conf.py: which links it calls broken."""
+"""docs/conf.py: which links it calls broken, and what stays on one line."""
 
 import runpy
 
@@ -19,3 +19,8 @@ def test_a_link_leads_to_a_file_and_an_anchor(conf, tmp_path):
     )
     want = ["c.html: #nowhere", "c.html: a%20b.html?x#gone", "c.html: lost.png"]
     assert conf["broken"](tmp_path) == want
+
+
+def test_a_number_is_one_piece(conf):
+    pieces = conf["NUMBER"].split("from 1.2e-6 to 0.6-0.8, on ResNet-50 or float32")
+    assert pieces == ["from ", "1.2e-6", " to ", "0.6-0.8,", " on ResNet-50 or float32"]
