@@ -1,19 +1,24 @@
 """Average the parameters of a model, and train as TensorFlow 1 did, with pieces for `optax.chain`.
 
-    optax.chain(clip_by_global_norm(1.0),  momentum(rate, 0.9),  ema(warmup(0.999)))
-                      |                        |     |            |       |
-                 a clipping          a rule of TF1  a schedule   the    a decay: a function of
-                                                              average   t, the number of updates
+    optax.chain(clip_by_global_norm(1.0), momentum(rate, 0.9), ema(warmup(0.999)))
+                |                         |        |           |   |
+                a clipping                |        |           |   a decay: a function of t
+                                          |        |           the average, last in the chain
+                                          |        a learning rate: a number or a schedule
+                                          a rule of TF1
 
-    average(params, opt_state)   find the average in any state, to evaluate with
-    swap(params, opt_state)      exchange parameters and averages, without loss
-    names(opt_state)             TF1's name of every leaf: conv/kernel/Momentum
-    profile(decay, t)            the weights that an average gives to past parameters
-    pack(params)                 a view: many small leaves as one array
+    average(params, opt_state)         find the average in any state, to evaluate with
+    swap(params, opt_state)            exchange parameters and averages, without loss
+    overwrite(n, ema(decay))           feed the average back every n updates: Switch EMA, lookahead
+    primal(tx, ema(decay))             feed the average back at every update: schedule-free
+    profile(decay, t)                  the weights that an average gives to past parameters
+    names(opt_state)                   TF1's name of every leaf: conv/kernel/Momentum
+    take(params, {"table": rows(ids)}) a view: the few rows of a table that a batch looks up
+    pack(params)                       a view: many small leaves as one array
 
-Beside it, each loaded at first use: `checkpoint` (Orbax), `tf1` (TensorFlow 1's checkpoints),
-`posthoc` and `merge` (averages chosen after training), `presets` (other libraries' decays),
-`summary` (TensorBoard). Example: see `ema`.
+Each of these folders is loaded at first use: `checkpoint` (save and resume with Orbax), `tf1`
+(TensorFlow 1's checkpoints), `posthoc` and `merge` (averages chosen after training), `presets`
+(other libraries' decays), `summary` (TensorBoard). For an example see `ema`.
 """
 
 from importlib import import_module as _import_module

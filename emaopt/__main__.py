@@ -1,4 +1,4 @@
-"""The command line: `emaopt`, or `python -m emaopt`. Each command imports what it needs."""
+"""Run the command line: `emaopt`, or `python -m emaopt`. Each command imports what it needs."""
 
 import argparse
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _LONGEST = 2000  # characters of an error
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong with an argument."""
+    """Parse the command line, and say in one line what is wrong with an argument."""
 
     def error(self, message: str) -> NoReturn:
         text = printable(" ".join(message.split()).rstrip("."))
@@ -72,13 +72,13 @@ def _add(
     examples: list[str],
     extra: str = "",
 ) -> argparse.ArgumentParser:
-    """Add a command, and return its parser, to which its arguments are added.
+    """Add a command, and return its parser. Its arguments are added to that parser.
 
     Args:
         commands: What to add it to.
         name: The command.
-        target: What runs it, as `module:function`. It is imported when it is called. The function
-            gets all arguments by name, and returns the exit code, or nothing.
+        target: The function that runs it, as `module:function`. It is imported when the command is
+            called. It gets all arguments by name, and returns the exit code or nothing.
         help: A line for `emaopt --help`.
         description: What it does, in lines of at most 80 characters.
         examples: Lines of the command line.
@@ -314,7 +314,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number within bounds."""
+    """Return the type of an argument: a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) <= most:

@@ -1,4 +1,4 @@
-"""Names of parameters, of TF1's variables in a state, and masks by name.
+"""Name parameters and TF1's variables in a state, and make masks by name.
 
 An emaopt state is exactly TF1's variables. So its *name tree* has one TF1 name at every leaf:
 `conv/kernel/Adam_1`, `beta1_power`, `conv/kernel/ExponentialMovingAverage`, `global_step`.
@@ -34,7 +34,7 @@ _OF_A_VARIABLE = re.compile(
 def names(tree: Tree) -> Tree:
     """Return the tree with the name of each leaf in its place: its key path, joined with a slash.
 
-    A name sees through whatever wraps one array: Linen's `Partitioned`, NNX's `Variable`, haliax's
+    Wrappers of one array are no part of a name: Linen's `Partitioned`, NNX's `Variable`, haliax's
     `NamedArray`. The tree of names keeps these wrappers.
 
     In an emaopt state the names are those of TF1's variables: `w/Adam`, `w/Adam_1`, `beta1_power`,
@@ -107,7 +107,7 @@ def _all(tree: Any, name: str) -> Any:
 
 
 def _plain(tree: Tree) -> Tree:
-    """Return the names by key path; absent leaves stay absent, equal names are an error."""
+    """Return the names by key path. Absent leaves stay absent; two equal names are an error."""
     check_unpacked(
         "tree", tree, "Its leaves have names in emaopt.unpack(tree); for a mask, emaopt.on_leaves."
     )
@@ -135,7 +135,7 @@ def average_name(name: str) -> str:
 def origin(name: str) -> tuple[str, str, str]:
     """Return the variable that a slot or an average belongs to, its kind and its number.
 
-    The inverse of `names`. Any other name belongs to itself.
+    It is the inverse of `names`. Any other name belongs to itself.
 
     >>> origin("conv/kernel/Adam_1"), origin("conv/kernel")
     (('conv/kernel', 'Adam', '_1'), ('conv/kernel', '', ''))
@@ -188,16 +188,17 @@ def variable_of(name: str, known: Collection[str]) -> str | None:
 def matching(pattern: str) -> Callable[[Tree], Tree]:
     """Return a mask function: true where the regular expression is found in the leaf's name.
 
-    For `optax.masked` (weight decay, averages, frozen parameters) and for `var_list`. The names are
-    those of `names`, and the mask has the wrappers of the tree (Linen's `Partitioned`).
+    Use it with `optax.masked` (weight decay, averages, frozen parameters), for `var_list` and for
+    `rows`. The names are those of `names`, and the mask has the wrappers of the tree (Linen's
+    `Partitioned`).
 
     Args:
         pattern: a regular expression, as for `re.search`: `"kernel$"`, `"^encoder/"`.
 
     Returns:
-        A function from a tree to a tree of booleans. It raises `ValueError` where the pattern is
-        found in no name of the tree, because a mask that is true nowhere decays, averages or trains
-        nothing. Leaves that are absent or masked out already count as found.
+        A function from a tree to a tree of booleans. It raises a `ValueError` if no name of the
+        tree matches the pattern, because a mask that is true nowhere decays, averages or trains
+        nothing. It also looks at leaves that are absent or masked out already.
 
     Example:
         >>> matching("kernel$")({"conv": {"kernel": 1.0, "bias": 2.0}})
@@ -282,10 +283,10 @@ def global_step(opt_state: Tree) -> jax.Array:
 def variables_to_restore(
     params: Tree, opt_state: Tree = None, moving_average_variables: Iterable[str] | None = None
 ) -> dict[str, str]:
-    """Return what to read for evaluation: name in a TF1 checkpoint -> name of the variable.
+    """Return which names of a TF1 checkpoint to read for evaluation, each with its variable.
 
     An averaged variable is read from its average, every other one from itself. As in TF1, the
-    averages are expected whether the state has them or not. TF1's method of that name.
+    averages are expected whether the state has them or not. This is TF1's method of that name.
 
     Args:
         params: the parameters.

@@ -1,1 +1,1 @@
-"""The average of the parameters."""
+"""Average the parameters."""

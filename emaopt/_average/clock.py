@@ -1,8 +1,8 @@
-"""The clock of an average: by how much t moves at an update.
+"""Move the clock of an average: by how much t grows at an update.
 
 t counts updates by default. With `update(..., advance=n)` it counts what n counts: samples, images,
-tokens. The rate of an update is then that of its n units taken together, `Decay.over(t, n)`: an
-average has the same length in tokens for every size of a batch.
+tokens. The rate of an update is then the rate of its n units taken together, `Decay.over(t, n)`. So
+an average has the same length in tokens for every size of a batch.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from .decay import Decay
 def as_advance(advance: Any) -> Any:
     """Return the argument `advance` as an int or as an int32 array, or raise.
 
-    An array of JAX is not looked at, traced or not: an update would wait for the device.
+    The value of a JAX array is not checked, because an update would wait for the device.
     """
     if not isinstance(advance, jax.Array):
         check_scalar("advance", advance, *whole(0))
@@ -33,7 +33,7 @@ def as_advance(advance: Any) -> Any:
 
 
 def advanced(step: jax.Array, advance: Any) -> jax.Array:
-    """Return the step after an update. It stops at 2**31 - 1, rather than to go on below zero."""
+    """Return the step after an update. It stops at 2**31 - 1, as int32 holds no more."""
     if isinstance(advance, int) and advance == 1:
         return jnp.asarray(optax.safe_increment(step))
     n = jnp.asarray(advance, step.dtype)
@@ -43,7 +43,7 @@ def advanced(step: jax.Array, advance: Any) -> jax.Array:
 def rate_of_update(decay: Decay, t: Any, advance: Any) -> Any:
     """Return the rate of an update that moves t forward by `advance`, to t.
 
-    An advance of 0 takes nothing. With the number 1 it is `decay.rate(t)`, bit for bit.
+    With an advance of 0 the rate is 0. With the number 1 it is `decay.rate(t)`, bit for bit.
     """
     if isinstance(advance, int) and advance == 1:
         return decay.rate(t)

@@ -1,4 +1,4 @@
-"""What a decay is: a function of t, the number of updates with this one.
+"""Define what a decay is: a function of t, the number of updates with this one.
 
 Two kinds of functions depend on the step. They count differently:
 
@@ -9,8 +9,8 @@ Two kinds of functions depend on the step. They count differently:
 
 An average computes with the *rate*, `1 - decay`. Near a decay of 1 the subtraction loses all digits
 in float32: `1 - (1 - 1/t)` is wrong by 19 % at t = 1e7. So every decay of emaopt is a `Decay`,
-which is made from its rate. A number is a constant decay. Any other function `t -> decay` is one
-too.
+which is made from its rate. Users may also pass a number, for a constant decay, or any function
+`t -> decay`.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ _COUNTED = (
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Decay:
-    """A decay that is made from its rate: `decay(t) = 1 - rate(t)`.
+    """Make a decay from its rate: `decay(t) = 1 - rate(t)`.
 
     Args:
         rate: A function of t, the number of updates with this one (1, 2, ...). It returns the share
             of the new value in the average, from 0 to 1.
-        over: A function of t and n. It returns the rate of the n updates that end at t taken
-            together: `1 - decay(t) * decay(t - 1) * ... * decay(t - n + 1)`. From it follow
-            `every`, `after`, `debiased` and `update(..., advance=n)`.
-        exact: False if `over` is an approximation that takes the decay for constant over the n
+        over: A function of t and n. It returns the combined rate of the n updates that end at t:
+            `1 - decay(t) * decay(t - 1) * ... * decay(t - n + 1)`. `every`, `after`, `debiased` and
+            `update(..., advance=n)` are computed from it.
+        exact: False if `over` is an approximation that treats the decay as constant over the n
             updates.
         text: What `repr` shows.
 
@@ -74,7 +74,7 @@ DecayLike = float | jax.Array | Callable[[Any], Any]
 def as_decay(decay: DecayLike) -> Decay:
     """Return the `Decay` that a user's argument stands for.
 
-    A number or a function of the user's is in TF1's float32 arithmetic: `1 - float32(decay)`.
+    For a number or a function of the user the rate is `1 - float32(decay)`, as in TF1.
     """
     if isinstance(decay, Decay):
         if not decay.text:
@@ -95,9 +95,9 @@ def as_decay(decay: DecayLike) -> Decay:
 
 
 def as_inner(decay: DecayLike) -> Decay:
-    """Return the `Decay` of an argument of one of emaopt's decays, as exact as the user wrote it.
+    """Return the `Decay` of an argument of another decay, `every(10, 0.9)`, in full precision.
 
-    A number is rounded to float32 only as a rate: `1 - decay` is computed in float64.
+    For a number, `1 - decay` is computed in float64, and only then rounded to float32.
     """
     if callable(decay) or not is_concrete(decay):
         return as_decay(decay)
@@ -108,9 +108,9 @@ def as_inner(decay: DecayLike) -> Decay:
 
 
 def pointwise(rate: Callable[[Any], Any], text: str) -> Decay:
-    """Return a decay of which each rate is known, but not the product over many updates.
+    """Return a decay from its rate at each t, where no formula for n updates is known.
 
-    Over n updates it takes the last decay for constant.
+    Over n updates the last decay is treated as constant.
     """
     return Decay(rate, lambda t, n: together(_log(rate(t)), n), exact=False, text=text)
 
@@ -163,7 +163,7 @@ def _is_16_bit(dtype: Any) -> bool:
 
 
 def _check_function(name: str, function: Callable[[Any], Any], text: str) -> None:
-    """Try a function of the user's at small and large t, and under a trace."""
+    """Call a user's function at small and large t and under a trace. Raise if it is no decay."""
     try:
         value = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
     except jax.errors.JAXTypeError as error:
@@ -192,7 +192,7 @@ def _check_function(name: str, function: Callable[[Any], Any], text: str) -> Non
 
 
 def _check_moves(found: list[Any], dtype: Any) -> None:
-    """Raise if a function that means less than 1 is 1 in its dtype, everywhere it was tried."""
+    """Raise if a decay below 1 was rounded to 1 by its dtype at every t that was tried."""
     means_less = _is_16_bit(dtype) or any(float(one) < 1 for one in found)
     if means_less and all(np.float32(one) == 1 for one in found):
         raise ValueError(

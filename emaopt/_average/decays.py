@@ -1,4 +1,4 @@
-"""The decays of emaopt, each a function of t = 1, 2, ..., the number of updates with this one.
+"""Make the decays of emaopt. Each is a function of t = 1, 2, ...: the updates with this one.
 
 They compose: `every(10, after(1000, power(7)))`. See `emaopt._average.decay` for what a decay is.
 """
@@ -23,7 +23,7 @@ from .decay import (
 )
 
 
-# above, the rate is not a normal number of float32, and flushed to 0
+# a longer half-life has a rate below the smallest normal float32, which is flushed to 0
 _LONGEST = 5e37
 _HALF_LIFE = Range(
     lambda x: POSITIVE.holds(x) & (x <= _LONGEST), f"a number above 0, at most {_LONGEST:g}"
@@ -34,8 +34,9 @@ _GAMMA = Range(lambda x: (x > -1) & FINITE.holds(x), "a number above -1")
 def warmup(decay: DecayLike) -> Decay:
     """Let a decay start low: `min(decay, (1 + t) / (10 + t))`, as TF1's `num_updates` does.
 
-    It is in TF1's float32 arithmetic. The first update of a run, t = 1, keeps 2/11. Below its cap
-    this ramp is close to `power(8)`: the average is over about the last tenth of the updates.
+    It is computed in float32, as in TF1. The first update of a run, t = 1, keeps 2/11 of the
+    initial value. Before the ramp reaches `decay` it is close to `power(8)`: the average is over
+    about the last tenth of the updates.
 
     Args:
         decay: The decay that the ramp leads to: a number from 0 to 1, or a function of t.
@@ -91,7 +92,8 @@ def power(gamma: float) -> Decay:
     """Average with a power function as the profile, as in EDM2: scale-free, for any run length.
 
     Update t keeps `((t - 1) / t)**(gamma + 1)`. The weight of a past value grows as its step to the
-    power `gamma`, so the average gets longer as training does. The first update keeps nothing.
+    power `gamma`, so the average grows longer with the training. The first update keeps nothing of
+    the initial value.
     Karras et al., arXiv:2312.02696.
 
     Args:
@@ -179,7 +181,7 @@ def every(n: int, decay: DecayLike) -> Decay:
     """Average only every n-th update, and keep the length of the average.
 
     `decay(t) = 1` except at t = n, 2n, ... There it is the decay over n updates: `decay**n` for a
-    constant, `((t - n) / t)**(gamma + 1)` for `power`. A ramp or a function is taken for constant
+    constant, `((t - n) / t)**(gamma + 1)` for `power`. A ramp or a function is treated as constant
     over the n updates.
 
     Args:
@@ -206,7 +208,7 @@ def every(n: int, decay: DecayLike) -> Decay:
 
 
 def after(start: int, decay: DecayLike) -> Decay:
-    """Start to average later: copy the first `start` updates; then `decay`, its own t from 1 on.
+    """Start to average later: copy the parameters for `start` updates, then use `decay` from t = 1.
 
     `after(start, power(0))` is SWA: the mean of everything that comes after `start`.
 
@@ -234,7 +236,7 @@ def after(start: int, decay: DecayLike) -> Decay:
 
 
 def gamma(sigma_rel: float) -> float:
-    """Return the exponent of the power average whose profile has this relative width.
+    """Return the exponent `gamma` of the power average with this relative width.
 
     It is the root of `sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3))`. Karras et al.,
     arXiv:2312.02696.

@@ -1,8 +1,8 @@
-"""The average of the parameters: one core, any decay.
+"""Average the parameters: one core, any decay.
 
 `shadow -= (shadow - value) * rate`, `rate = 1 - decay(t)`, t = 1, 2, ... This form leaves a
 constant value bitwise constant, and the rate near 0 keeps its precision (see `decay`).
-`moving_average` is that core over any pytree; `ema` lifts it into an `optax.chain`.
+`moving_average` is that core over any pytree. `ema` makes it a link of an `optax.chain`.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from .rounding import Draw, Rounding, Stored, as_rounding, widen
 
 
 class EmaState(NamedTuple):
-    """An average. `step`: int32 [], t: the updates so far. `shadow`: like the parameters.
+    """Hold an average. `step`: int32 [], t: the updates so far. `shadow`: like the parameters.
 
-    The shadow has the dtype that was decided at init: float32 or wider unless asked otherwise;
-    leaves that are not averaged (integers, booleans, keys) are the newest value. `residue`: what
-    rounding took from the shadow, like it, if it is `compensated`. `ledger`: if it was asked for.
-    With `advance`, t counts what it counts. `rows`: with `rows=mask`, how long each row of the
-    tables has rested. The shadow of a table is then its average as of when each row was last
-    touched; `average` brings it up to date.
+    With `advance`, t counts what `advance` counts. The shadow keeps the dtype that it got at init:
+    float32 or wider unless asked otherwise. Leaves that are not averaged (integers, booleans, keys)
+    hold the newest value. `residue`: with `compensated()`, what rounding took from the shadow, a
+    tree like it. `ledger`: with `ledger=True`, the record of the weights. `rows`: with `rows=mask`,
+    how long each row of the tables has rested. The shadow of such a row is its average when it was
+    last touched; `average` brings it up to date.
     """
 
     step: jax.Array
@@ -50,10 +50,10 @@ class EmaState(NamedTuple):
 
 
 class SwappedEmaState(NamedTuple):
-    """What `swap` makes of an `EmaState`: the shadow holds the parameters.
+    """Hold an average that `swap` has exchanged with the parameters: the shadow is the parameters.
 
-    A type of its own, with one leaf more (int8 []), so that a checkpoint shows that it was saved
-    swapped, and training on it, or restoring it as if it were not, fails.
+    It is a type of its own with one leaf more (int8 []). So a checkpoint shows that it was saved
+    swapped. It is an error to train on it, or to restore it as if it were not swapped.
     """
 
     step: jax.Array
@@ -79,9 +79,9 @@ class _Update(Protocol):
 
 
 class MovingAverage(NamedTuple):
-    """`init(values) -> EmaState`, `update(values, state, num_updates=None, advance=1)`.
+    """Hold `init(values)` and `update(values, state, num_updates=None, advance=1)`.
 
-    With `rows=mask`, `update(values, state, before=values_before)` as well.
+    Both return an `EmaState`. With `rows=mask`, call `update(values, state, before=values_before)`.
     """
 
     init: Callable[..., EmaState]
@@ -101,15 +101,15 @@ def moving_average(
     """Average any pytree of values: `shadow -= (shadow - value) * (1 - decay(t))`.
 
     The shadow starts as a copy of the first values. In TF1 the average of a tensor starts at zero:
-    pass zeros to `init` for that. Arithmetic is in float32 or wider. TF1's
+    pass zeros to `init` for that. Arithmetic is in float32 or wider. This is TF1's
     `ExponentialMovingAverage.apply`.
 
     Args:
         decay: A number from 0 to 1, or a function of t, the number of updates with this one
             (1, 2, ...).
-        accumulator_dtype: The dtype of the shadow; by default that of the values, or float32 if it
-            is wider. Or `compensated()`, which loses nothing to rounding, or `stochastic()`, in
-            2 bytes.
+        accumulator_dtype: The dtype of the shadow, by default the wider one of float32 and the
+            dtype of the values. Or `compensated()`, which loses nothing to rounding, or
+            `stochastic()`, which takes 2 bytes per parameter.
         ledger: Whether to keep a record of the weights, for `ledgers`.
         rows: A mask, true for the tables that `take` takes rows of; see `ema`.
 
@@ -123,12 +123,12 @@ def moving_average(
         `advance=n` moves t by n, a whole number, which may be traced: a clock in samples or tokens.
         The update has the rate of n updates in a row, `Decay.over(t, n)`. The average is then as
         long in tokens for every size of a batch, and `every(n, decay)` is due when t passes a
-        multiple of n. Warm-ups and functions are taken for constant over the n units. Inside of
+        multiple of n. Warm-ups and functions are treated as constant over the n units. Inside of
         `optax.MultiSteps` pass the sum over its batches. t is int32 and stops at 2**31 - 1: count
         sequences or thousands of tokens, or pass your own count as `num_updates`, in float32.
 
-        `before`, in a view: the rows as `take` gave them. A row rested at that value since it was
-        last touched. Without `before`, a row that rested becomes NaN.
+        `before`, only with `rows=mask`: the rows as `take` returned them, before the step. It is
+        the value that a row had while no batch looked it up. Without it, such a row becomes NaN.
 
     Example:
         >>> mean = moving_average(0.5)
@@ -182,7 +182,7 @@ def moving_average(
 
 
 def start_leaf(name: str, x: Any, rounding: Rounding) -> Stored:
-    """Return a copy of a value as the average starts with it; of an abstract one, what it is."""
+    """Return the first leaf of an average: a copy of a value. An abstract value stays abstract."""
     if x is None:
         return Stored(None)
     check_array(name, x, "params")
@@ -204,7 +204,7 @@ def start_leaf(name: str, x: Any, rounding: Rounding) -> Stored:
 def update_leaf(
     name: str, x: Any, before: Stored, rate: Any, rounding: Rounding, draw: Draw
 ) -> Stored:
-    """Return one leaf of the average after a value. An absent value leaves it as it is."""
+    """Return one leaf of the average after a new value. Without a value it stays as it is."""
     if x is None:
         return before
     check_shape(name, values=x, **{"state.shadow": before.shadow})
@@ -255,33 +255,33 @@ def ema(
     ledger: bool = False,
     rows: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Average the parameters; as the last link of an `optax.chain`.
+    """Average the parameters, as the last link of an `optax.chain`.
 
-    Last, because it averages what the updates lead to: `params + updates`, rounded as
-    `optax.apply_updates` rounds it. Wrap the whole chain, this link included, in
-    `optax.MultiSteps` or `optax.apply_if_finite`, so that it counts only steps that were made. The
-    updates pass unchanged. TF1's `ExponentialMovingAverage` in a training step;
+    It must be the last link, because it averages the parameters after the update: `params +
+    updates`, rounded as `optax.apply_updates` rounds it. Wrap the whole chain, this link included,
+    in `optax.MultiSteps` or `optax.apply_if_finite`, so that it counts only steps that were made.
+    The updates pass unchanged. This is TF1's `ExponentialMovingAverage` in a training step, and its
     `MovingAverageOptimizer`.
 
     Without an argument the average needs no tuning for any length of training: it is always over
     about the last tenth of the updates so far (`power` of a relative width of 0.10; the mean age of
-    what it averages is 11 % of t). Another one is better where the length is known
-    (`half_life(1000)`), for target networks and teachers (a constant such as 0.99), or for a run
-    whose learning rate goes to zero, which hardly needs any. Early in training every average lags:
-    as long as the loss falls fast, the parameters themselves are better.
+    what it averages is 11 % of t). Pass another decay where the length is known
+    (`half_life(1000)`), and for target networks and teachers (a constant such as 0.99). A run whose
+    learning rate goes to zero hardly needs an average. Early in training every average lags: as
+    long as the loss falls fast, the parameters themselves are better.
 
     Args:
         decay: A number from 0 to 1, or a function of t, the number of updates with this one
             (1, 2, ...). By default `power(gamma(0.10))`.
         sequential_update: False averages the parameters from before the update, with t = 0, 1, ...
-            This is what TF1's option of that name does, when its race goes that way.
+            In TF1 that option leaves the order to chance; here it is fixed.
         accumulator_dtype: How the average is stored; see `moving_average`.
         ledger: Whether to keep a record of the weights, for `ledgers`.
         rows: A mask, a tree of booleans like the parameters or a function that makes one
             (`matching("embedding")`), true for the tables that `take` takes rows of. Their averages
-            then move as TF1's do, every row at every step, at the cost of the rows of a batch. A
-            row that no batch looks up is brought up to date when it is touched or read; `average`,
-            `swap` and everything built on them do so.
+            have the numbers of TF1, where every row moves at every step, but a step costs only the
+            rows of its batch. Other rows are brought up to date when a batch looks them up, or when
+            `average`, `swap` and what is built on them read the table.
 
     Returns:
         A transformation: `update(updates, state, params, num_updates=None, advance=1)`.
@@ -320,7 +320,7 @@ def ema(
 
 
 class _Ema(optax.GradientTransformationExtraArgs):
-    """A transformation that is shown as it was made: `ema(warmup(0.999))`."""
+    """Show a transformation as it was made: `ema(warmup(0.999))`."""
 
     def __repr__(self) -> str:
         return getattr(self.update, "__qualname__", "ema")
@@ -334,7 +334,7 @@ def _call(
     rows: Any,
     sequential_update: bool = True,
 ) -> str:
-    """Return the text of a call: the decay, and the options that are not as by default."""
+    """Return the text of a call: the decay, and the options that differ from their defaults."""
     options = {
         "sequential_update": None if sequential_update else False,
         "accumulator_dtype": accumulator_dtype,

@@ -1,11 +1,10 @@
-"""The averages in a state, whatever optax wrapped around them.
+"""Find the averages in a state, whatever optax wrapped around them.
 
-`averages` finds them by name. `average` returns what to evaluate with, `stacked` several averages
-in one tree. `swap` exchanges an average with the parameters, `reset` starts it again.
+`averages` finds them by name. `average` returns what to evaluate with. `stacked` returns several
+averages in one tree. `swap` exchanges an average with the parameters. `reset` starts it again.
 
-Who owns the arrays: `average` and `stacked` return copies, which no later step can delete, even if
-it donates parameters and state. Inside `jit` nothing is copied. `swap` copies nothing: the arrays
-change places.
+`average` and `stacked` return copies. No later step can delete them, even if it donates parameters
+and state. Inside `jit` nothing is copied. `swap` copies nothing: the arrays change places.
 """
 
 from collections.abc import Iterable
@@ -50,16 +49,16 @@ def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
     """Return the averaged parameters, to evaluate with and to keep. TF1's `ema.average`.
 
     Leaves without an average (masked out, or the non-parameters of a whole NNX or Equinox model)
-    are those of `params`.
+    are returned unchanged from `params`.
 
-    The result is yours: its arrays are copies, so a later step that donates `params` or `opt_state`
-    does not delete them. Keep the best averages, build a model of them, or train on from them.
-    Inside `jit` nothing is copied.
+    The arrays are copies, so a later step that donates `params` or `opt_state` does not delete
+    them. Keep the best averages, build a model of them, or train on from them. Inside `jit` nothing
+    is copied.
 
     Args:
-        params: the parameters that `tx.init` was given, or a model that contains them. Of several
+        params: the parameters that `tx.init` was given, or a model that contains them. For several
             networks with a state each: a tree of their parameters.
-        opt_state: the state that holds the average, whatever optax wrapped around it. Of several
+        opt_state: the state that holds the average, whatever optax wrapped around it. For several
             networks: a tree of their states, with the keys of `params`.
         name: which average, if a leaf has several: a key of `averages(opt_state)`, or some of its
             steps in a row.
@@ -85,8 +84,8 @@ def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
 def stacked(params: Params, opt_state: Tree, names: Iterable[str] | None = None) -> Params:
     """Return several averages in one tree, each leaf with a leading axis, one row per average.
 
-    To evaluate all of them at once with `jax.vmap(evaluate)`. The result is yours, as that of
-    `average` is. A leaf without an average is repeated.
+    Evaluate all of them at once with `jax.vmap(evaluate)`. The arrays are copies, as those of
+    `average`. A leaf without an average is repeated.
 
     Args:
         params: the parameters, as for `average`.
@@ -127,12 +126,12 @@ def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Par
 
     Nothing is computed, rounded or copied: arrays (also abstract ones) change places. So swapping
     twice gives back the same arrays. Only the rows of `ema(decay, rows=mask)` are brought up to
-    date first. Leaves without an average stay. To save the averages under the
-    original names, save what `swap` returns; to go on training, load it and swap again. TF1's
+    date first. Leaves without an average stay. To save the averages under the original names, save
+    what `swap` returns. To go on training, load it and swap again. This is TF1's
     `MovingAverageOptimizer.swapping_saver`.
 
-    The arrays that are returned are those that were passed. A step that donates the ones deletes
-    the others. For averages to keep, use `average`.
+    It returns the same arrays that were passed, so a step that donates what was passed deletes what
+    was returned. To keep averages, use `average`.
 
     The swapped average is marked (`SwappedEmaState`), so that training on it is an error.
 
@@ -172,9 +171,9 @@ def swap(params: Params, opt_state: State, name: str | None = None) -> tuple[Par
 def reset(params: Tree, opt_state: State, name: str | None = None) -> State:
     """Start an average again from the parameters, as `init` does: a copy of `params` at step 0.
 
-    For a new phase of training: after a warm-up, a change of the data or of the learning rate. It
-    works through any wrapper (`optax.MultiSteps`, `masked`, `named_chain`, `apply_if_finite`,
-    `heal`, packed parameters) and inside `jit`. All else in the state stays.
+    Use it for a new phase of training: after a warm-up, or when the data or the learning rate
+    change. It works through any wrapper (`optax.MultiSteps`, `masked`, `named_chain`,
+    `apply_if_finite`, `heal`, packed parameters) and inside `jit`. The rest of the state stays.
 
     Args:
         params: the parameters, as for `average`.
@@ -203,7 +202,7 @@ def reset(params: Tree, opt_state: State, name: str | None = None) -> State:
 
 
 def _restarted(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
-    """Return an average of these values alone, stored as the average was."""
+    """Return an average that starts again from these values, in the dtypes of the old one."""
     ledger = None if state.ledger is None else start_ledger()
     step, ledger = jax.tree.map(
         lambda x: beside(state.shadow, x), (jnp.zeros_like(state.step), ledger)
@@ -214,7 +213,7 @@ def _restarted(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
 
 
 def with_values(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:
-    """Return the average with other values, stored as it was; a leaf without a value stays."""
+    """Return the average with other values, in its dtypes. A leaf without a value stays."""
     rounding = Nearest if state.residue is None else Compensated
     shadow = by_path(state.shadow)
     residue = by_path(state.residue)
@@ -239,7 +238,7 @@ def _match_unswapped(params: Tree, opt_state: Tree, name: str | None) -> Match:
 
 
 def _owned(p: Any, stored: Stored) -> Any:
-    """Return one leaf of the averages, in no memory that a donated state or parameter has."""
+    """Return one leaf of the averages: a copy, where it is an array that a step may donate."""
     x = _value(p, stored)
     is_theirs = x is p or x is stored.shadow
     return jnp.copy(x) if is_theirs and isinstance(x, jax.Array) and is_concrete(x) else x

@@ -17,7 +17,7 @@ def on_host(opt_state: State) -> State:
     Each shard moves to the host of its device. Between updates the device holds nothing of it. An
     update copies the average to the devices, computes there, and copies it back. That is too slow
     for every step. So call `jax.jit(moving_average(every(n, decay)).update)(params, state, step)`
-    after every n steps. The call returns at once, and the devices make the update between two
+    after every n steps. The call returns at once, and the devices compute the update between two
     steps. `average` returns arrays on the devices.
 
     Args:
@@ -37,7 +37,7 @@ def on_host(opt_state: State) -> State:
         'pinned_host'
     """
     choose(opt_state, None)
-    # by jit, as the updates will do: what cannot stay there does not get there either
+    # by jit, as an update moves it back: a backend that cannot do that fails here already
     to_host = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))
 
     def move(node):
@@ -45,7 +45,8 @@ def on_host(opt_state: State) -> State:
             return node
         to = lambda tree: jax.tree.map(lambda x: _moved(x, to_host), tree)
         shadow, residue = to(node.shadow), to(node.residue)
-        # a scalar that is not put somewhere would be after one update, and compile the second again
+        # An uncommitted scalar would be committed by the first update, and the second update would
+        # be compiled again.
         put = lambda x: jax.device_put(x, jnp.asarray(x).sharding)
         step, ledger = jax.tree.map(put, (node.step, node.ledger))
         return node._replace(step=step, shadow=shadow, residue=residue, ledger=ledger)

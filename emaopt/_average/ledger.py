@@ -1,4 +1,4 @@
-"""What is known of an average without looking at a single parameter.
+"""Record what is known of an average without looking at a single parameter.
 
 The weights that an average gives to past values follow from its rates alone. So do the moments of
 these weights, one update at a time. The ledger keeps three of them.
@@ -13,13 +13,13 @@ from .rounding import add
 
 
 class Ledger(NamedTuple):
-    """The record of an average: moments of its weights w(0), ..., w(t) after t updates; float32 [].
+    """Record moments of the weights w(0), ..., w(t) of an average after t updates: float32 [].
 
     `initial`: w(0), the weight of the initial values. `age`: the mean age of the values, the sum of
     w(s) * (t - s), in updates or in what `advance` counts. `square`: the sum of w(s)**2; 1 / square
     is the effective window, in updates. `lost_initial`, `lost_age`, `lost_square`: what rounding
-    took from these three. `stalled` is not used any more; it stays so that checkpoints of 0.1.0 are
-    resumed.
+    took from these three. `stalled` is not used any more. It stays so that checkpoints of 0.1.0 can
+    be resumed.
     """
 
     initial: jax.Array
@@ -32,7 +32,7 @@ class Ledger(NamedTuple):
 
 
 def start() -> Ledger:
-    """Return the ledger of an average that is its initial values."""
+    """Return the ledger of a new average, which consists of its initial values alone."""
     return Ledger(*(jnp.full((), x, jnp.float32) for x in (1, 0, 1, 0, 0, 0, 0)))
 
 
@@ -40,8 +40,8 @@ def record(ledger: Ledger, rate: jax.Array, advance: Any) -> Ledger:
     """Return the ledger after an update with this rate, which moves t by `advance`.
 
     Each moment is a compensated sum: over a million updates of a long average, plain float32 would
-    lose three digits. A rate of 1 takes the value alone, so each moment is exactly that of one
-    weight.
+    lose three digits. At a rate of 1 the average is the new value alone, and each moment is set to
+    that of a single weight.
     """
     rate = jnp.asarray(rate).astype(jnp.float32)
     initial = ledger.initial + ledger.lost_initial

@@ -23,22 +23,22 @@ from .rounding import Stored
 
 
 class AmbiguousError(ValueError):
-    """A leaf has several averages, and no name says which one is meant."""
+    """Report a leaf with several averages where no name says which one is meant."""
 
 
 class Found(NamedTuple):
-    """An average in a state, and its whole key path there."""
+    """Hold an average and its whole key path in the state."""
 
     path: KeyPath
     state: Any  # EmaState or SwappedEmaState
 
 
 class Match(NamedTuple):
-    """The leaves of parameters, and what is stored of each; both by key path.
+    """Hold the leaves of parameters, and what the averages store of each, by key path.
 
-    `parts`: of each average, in the order of `averages`, the key path of the part of the
-    parameters that it averages; `()` is the whole. `opt_state`: the state, with the rows of
-    `ema(decay, rows=mask)` brought up to date.
+    `parts`: for each of `averages`, the key path of the part of the parameters that it averages;
+    `()` is the whole. `opt_state`: the state, with the rows of `ema(decay, rows=mask)` brought up
+    to date.
     """
 
     leaves: dict[KeyPath, Any]
@@ -100,8 +100,8 @@ def choose(opt_state: Tree, name: str | None) -> dict[str, Found]:
 def match(params: Tree, opt_state: Tree, name: str | None) -> Match:
     """Return what is stored of every leaf of `params` in the averages that a name means.
 
-    Averages of different leaves (`optax.partition`, two networks) make up one. Two of one leaf need
-    a name.
+    Averages of different leaves (`optax.partition`, two networks) count as one. If a leaf has two,
+    a name must choose.
     """
     leaves = by_path(params)
     if list(leaves) == [()] and params is not None:
@@ -146,9 +146,10 @@ def match(params: Tree, opt_state: Tree, name: str | None) -> Match:
 
 
 def _brought_up_to_date(leaves: dict[KeyPath, Any], nodes: set[KeyPath], opt_state: State) -> State:
-    """Return the state with every average of rows settled, also those that no name means.
+    """Return the state with every average of rows brought up to date, whatever its name.
 
-    `swap` moves the parameters away, and an average of rows is nothing without them.
+    `swap` moves the parameters away, and rows that rested cannot be brought up to date without
+    them.
     """
     new = {}
     for average in find(opt_state).values():
@@ -186,7 +187,7 @@ def without_rows(opt_state: State) -> State:
 def with_rows(opt_state: State, like: State) -> State:
     """Return the state with rows that have not rested, where `like` has averages of rows.
 
-    For averages that were read from elsewhere. `like` may be abstract; the times are arrays.
+    For averages that were read from a checkpoint. `like` may be abstract; the times are arrays.
     """
     found = find(opt_state)
     new = {}
@@ -209,9 +210,9 @@ def _part_of(average: Found, leaves: dict[KeyPath, Any], nodes: set[KeyPath]) ->
     """Return the key path of the part of the parameters that an average belongs to, if any.
 
     The keys of the part stand in a row in the average's path, at its start if possible. A part
-    whose keys are names goes before one whose keys are positions, as a chain has positions, too.
-    A part fits if it has all leaves of the average, and the nodes of those that are masked out. So
-    an average of the whole never fits a part: a tree does not contain itself.
+    whose keys are names is preferred to one whose keys are positions, because a chain has positions
+    too. A part fits if it has all leaves of the average, and the nodes of those that are masked
+    out. An average of the whole tree therefore never fits a part of it.
     """
     shadow = average.state.shadow
     averaged = {path for path, x in by_path(shadow).items() if x is not None}
@@ -241,7 +242,7 @@ def _masked_out(shadow: Tree) -> set[KeyPath]:
 
 
 def _no_part(average: Found, nodes: set[KeyPath], leaves: dict[KeyPath, Any]) -> str:
-    """Return the error about an average that belongs neither to the whole nor to a part."""
+    """Return the error about an average that fits neither the parameters nor a part of them."""
     averaged = {path for path, x in by_path(average.state.shadow).items() if x is not None}
     if averaged == {()}:
         shape = np.shape(average.state.shadow)

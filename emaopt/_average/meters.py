@@ -1,4 +1,4 @@
-"""What is known of an average: how long it is, and whether rounding holds it still."""
+"""Measure an average: how long it is, and whether rounding holds it still."""
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,19 @@ from .match import find, match
 
 
 def ledgers(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
-    """Return what is known of every average with a ledger, by name: numbers, float32 [].
+    """Return the weight of the start, the mean age and the window of every average, by name.
 
-    For metrics inside a step, or of the state in a checkpoint. Exact for any decay and any
-    `num_updates`. For all weights of a decay, see `profile`.
+    Use it for metrics inside a step, or on the state of a checkpoint. The numbers are exact for any
+    decay and any `num_updates`. For all weights of a decay, see `profile`.
 
     Args:
         opt_state: a state with averages made by `ema(decay, ledger=True)` somewhere in it.
 
     Returns:
-        For each average, a dict of three numbers. `initial_weight`: the weight that the initial
-        parameters still have, of 1. `mean_age`: how old the average is in the mean, in updates or
-        in what `advance` counts. `effective_window`: 1 / (the sum of the squares of the weights),
-        which is n for the plain mean of n values.
+        For each average with a ledger, a dict of three numbers, float32 []. `initial_weight`: the
+        weight that the initial parameters still have; all weights add up to 1. `mean_age`: the mean
+        age of the averaged values, in updates or in what `advance` counts. `effective_window`:
+        1 / (the sum of the squares of the weights), which is n for the plain mean of n values.
 
     Raises:
         ValueError: no average has a ledger.
@@ -52,15 +52,15 @@ def ledgers(opt_state: Tree) -> dict[str, dict[str, jax.Array]]:
 
 
 def stalled(params: Tree, before: Tree, after: Tree, name: str | None = None) -> jax.Array:
-    """Return the share of elements that rounding holds still: float32 [], of 1.
+    """Return the share of elements that rounding holds still: float32 [], from 0 to 1.
 
     An element counts as held if the average is bit for bit the same in both states, though it
     differs from the parameter. Rounded to nearest, such an element does not move until its
     parameter goes farther away. The remedies are `compensated()` and `stochastic()`.
 
-    It reads both averages once, so ask for it once in a while, in the step or outside of it. The
-    states may be many updates apart: `every(n, decay)` needs n updates to take anything. Elements
-    of `stochastic()` wait for their chance, so of them the count says nothing. A step that donates
+    It reads both averages once, so call it once in a while, in the step or outside of it. The
+    states may be many updates apart: `every(n, decay)` needs n updates before it moves. With
+    `stochastic()` an element stays by chance, so the share means nothing there. A step that donates
     its state deletes `before`, so keep a copy: `jax.tree.map(jnp.copy, state)`.
 
     Args:

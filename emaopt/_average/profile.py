@@ -1,4 +1,4 @@
-"""The profile of an average: the weights that it gives to each past value."""
+"""Compute the profile of an average: the weights that it gives to each past value."""
 
 import jax
 import numpy as np
@@ -11,9 +11,9 @@ from .decay import DecayLike, as_decay
 def profile(decay: DecayLike, t: int) -> np.ndarray:
     """Return the weights that an average gives to each past value after t updates.
 
-    The weight of value s is `rate(s) * decay(s + 1) * ... * decay(t)`: what update s took of it,
-    times what each later update kept. The rates are those that the average computes with. It is
-    computed on the host; t = 10**6 takes less than a second.
+    The weight of value s is `rate(s) * decay(s + 1) * ... * decay(t)`: the share that update s took
+    of it, times the share that each later update kept. The rates are those that the average itself
+    computes with. The profile is computed on the host; t = 10**6 takes less than a second.
 
     Draw it with `matplotlib.pyplot.plot(emaopt.profile(decay, 1000))`.
 
@@ -43,7 +43,7 @@ def rates(decay: DecayLike, t: int) -> np.ndarray:
 
 
 def shares(rates: np.ndarray) -> np.ndarray:
-    """Return the weights after updates with these rates: of the value before, and of each update.
+    """Return the weights of the initial value and of each update, after updates with these rates.
 
     Args:
         rates: float64 [updates].

@@ -1,8 +1,8 @@
-"""Batch statistics for averaged parameters.
+"""Measure batch statistics for averaged parameters.
 
-The statistics that a batch normalization gathers in training are those of the raw parameters. For
-averaged ones there are three policies. *Copy* the newest: nothing to do. *Average* them as well:
-`moving_average(decay)` of the tree of statistics. *Recalibrate*: measure them again, with the
+A batch normalization gathers its statistics with the raw parameters. For averaged parameters there
+are three policies. *Copy* the newest statistics: nothing to do. *Average* them too:
+`moving_average(decay)` of the tree of statistics. *Recalibrate*: measure them again with the
 averaged parameters.
 """
 
@@ -24,24 +24,25 @@ from .ema import moving_average
 _mean = moving_average(power(0))
 _update = jax.jit(_mean.update)
 _NOTHING = object()
-# An old statistic so large that the batch's own vanishes beside it in float32: the new one is then
-# momentum * _FAR, and tells the momentum. A power of two, so that this product is exact: 1e12 would
-# lose the last bits of a momentum near 1.
+# An old statistic so large that the batch's own vanishes beside it in float32. The new statistic is
+# then momentum * _FAR, from which the momentum is known. A power of two, so that this product is
+# exact: 1e12 would lose the last bits of a momentum near 1.
 _FAR = 2.0**40
 
 
 def recalibrate(
     forward: Callable[[State, Any], State], statistics: State, batches: Iterable[Any]
 ) -> State:
-    """Measure batch statistics again for averaged parameters: the mean of those of each batch.
+    """Measure batch statistics again for averaged parameters: the mean over the batches.
 
-    The layer's momentum does not matter. A new statistic is `momentum * old + (1 - momentum) * own`
-    and three passes over the first batch, each from other old ones, tell the momentum. Every other
-    batch is passed once. Frozen statistics are kept; integers, booleans and keys are what `forward`
-    makes of them. What else `forward` does to a leaf is refused. Of a layer that divides what it
-    stores by `1 - momentum**count`, as Equinox's does, set the count to 0: docs/frameworks.md.
+    The momentum of a layer does not matter. A new statistic is `momentum * old + (1 - momentum) *
+    own`, and three passes over the first batch, each with other old statistics, tell the momentum.
+    Every other batch is passed once. Frozen statistics are kept. Integers, booleans and keys are
+    taken from the last pass. A leaf that `forward` changes in another way is an error. Equinox's
+    layers divide their statistics by `1 - momentum**count`: set the count to 0, see
+    docs/frameworks.md.
 
-    The mean, as in PyTorch's `update_bn`, is of the variances within the batches.
+    The variance is the mean of the variances within the batches, as in PyTorch's `update_bn`.
     Izmailov et al., arXiv:1803.05407.
 
     Args:
@@ -56,7 +57,7 @@ def recalibrate(
         The statistics, like `statistics`.
 
     Raises:
-        ValueError: there is no batch, or `forward` makes no running average of a leaf.
+        ValueError: there is no batch, or `forward` does not update a leaf as a running average.
 
     Example:
         >>> forward = lambda old, x: {"mean": 0.5 * old["mean"] + 0.5 * jnp.mean(x)}
@@ -172,7 +173,7 @@ def _check_dtypes(leaves: dict[str, Any]) -> None:
 
 
 def _check_average(name: str, share, at_zero, at_one) -> None:
-    """Raise unless new = (1 - share) * old + share * own, and share is one of an average."""
+    """Raise unless new = (1 - share) * old + share * own, with a share above 0 and at most 1."""
     _check_finite(name, at_zero)
     eps = float(jnp.finfo(at_zero.dtype).eps)
     off = jnp.abs(at_one - at_zero - (1 - share))

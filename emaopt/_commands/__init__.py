@@ -1,1 +1,1 @@
-"""What the command line runs."""
+"""Run the commands of the command line."""

@@ -1,4 +1,4 @@
-"""`emaopt demo`: a small network learns handwritten digits, and its average reads them better.
+"""Run `emaopt demo`: a small network learns handwritten digits, and its average reads them better.
 
 This file imports nothing heavy, so that the first lines are printed at once.
 """

@@ -1,8 +1,8 @@
-"""`emaopt diff`: how far apart two checkpoints are, or the averages of one and its parameters.
+"""Run `emaopt diff`: compare two checkpoints, or the averages of one with its parameters.
 
-Two of Orbax are compared by the names that `emaopt ls` shows. If one is of TF1, both are compared
-by TF1's names: the one of Orbax is what `emaopt convert` would make of it. A part of each is read
-at a time.
+Two checkpoints of Orbax are compared by the names that `emaopt ls` shows. If one is of TF1, both
+are compared by TF1's names: the other one is converted as `emaopt convert` would do it. A part of
+each is read at a time.
 """
 
 import json
@@ -35,14 +35,14 @@ ELEMENTS_AT_ONCE = 2**20  # that are compared at once
 
 
 class Side(NamedTuple):
-    """One side of a comparison. `sizes`: bytes, by name; `read`: read some values, by name."""
+    """Hold one side of a comparison. `sizes`: bytes, by name; `read`: read some values, by name."""
 
     sizes: dict[str, int]
     read: Callable[[list[str]], dict[str, Any]]
 
 
 class Compared(NamedTuple):
-    """A leaf on both sides.
+    """Hold the comparison of one leaf.
 
     `a`, `b`: dtype and shape. `max_abs`: the largest difference of an element. `relative`: the L2
     norm of the difference, divided by the larger one of both norms. Where the shapes differ or the
@@ -59,7 +59,7 @@ class Compared(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The leaves on both sides, those that differ most first, and the names on one side only."""
+    """Hold the leaves on both sides, those that differ most first, and names on one side only."""
 
     leaves: list[Compared]
     only_in_a: list[str]
@@ -67,7 +67,7 @@ class Difference(NamedTuple):
 
     @property
     def equal(self) -> bool:
-        """Whether names, shapes, dtypes and values are the same."""
+        """Return whether names, shapes, dtypes and values are the same."""
         return not (self.only_in_a or self.only_in_b) and all(x.equal for x in self.leaves)
 
     def total(self) -> tuple[float, float]:
@@ -271,7 +271,7 @@ def _compare(a: Side, b: Side) -> Difference:
 
 
 def _rank(leaf: Compared) -> tuple:
-    """Return a key to sort by: what differs comes first, and of that what has no number, or NaN."""
+    """Return a key to sort by: unequal leaves first, and before them those without a number."""
     far = [math.inf if x is None or math.isnan(x) else x for x in (leaf.relative, leaf.max_abs)]
     return leaf.equal, *(-x for x in far), leaf.name
 

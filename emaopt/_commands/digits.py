@@ -1,4 +1,4 @@
-"""The network of `emaopt demo`, which learns handwritten digits: data, training and picture.
+"""Train the network of `emaopt demo` on handwritten digits: data, training and picture.
 
 Run as a file with a checkpoint as its argument, this module is the other process of the demo. It
 reads the parameters with plain Orbax and evaluates them. It imports neither emaopt nor optax then.
@@ -29,7 +29,7 @@ STEPS_PER_POINT = 7  # of a curve in TensorBoard
 
 
 class Network(nn.Module):
-    """Two convolutions and two dense layers, from 8x8 grey images to ten logits."""
+    """Map 8x8 grey images to ten logits by two convolutions and two dense layers."""
 
     @nn.compact
     def __call__(self, images):

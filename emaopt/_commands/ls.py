@@ -26,7 +26,7 @@ WIDTH = 80  # of a table that is not shown on a terminal
 
 
 class Row(NamedTuple):
-    """A leaf of a checkpoint, as it is listed."""
+    """Hold a leaf of a checkpoint, as it is listed."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Find the checkpoints that the command line names, and say what is in the way of a new one."""
+"""Find the checkpoints that the command line names, and check the path of a new one."""
 
 import os
 import re
@@ -21,7 +21,7 @@ TF1, ORBAX, SAFETENSORS = "TF1", "Orbax", "safetensors"
 
 
 class Place(NamedTuple):
-    """A checkpoint or a run: where it is, and its format."""
+    """Hold the path and the format of a checkpoint or a run."""
 
     path: Path
     format: str

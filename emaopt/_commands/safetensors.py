@@ -32,7 +32,7 @@ _DTYPES = {
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file. `start`: its first byte in the file."""
+    """Describe a tensor in a file. `start`: its first byte in the file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

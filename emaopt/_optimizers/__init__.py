@@ -1,1 +1,1 @@
-"""The seven optimizers of TF1, clipping, and the learning rate."""
+"""Build the seven optimizers of TF1, clip gradients, and schedule the learning rate."""

@@ -130,7 +130,7 @@ def optimizer(
 def _step_leaf(rule: Callable, hyper: dict, trees: tuple[str, ...], leaf: str, *row: Any) -> tuple:
     """Return the update and the new slots of one leaf. Without a gradient its slots stay.
 
-    `row` has the arrays of the leaf: gradient, slots, and at the end the parameter if it is known.
+    `row` holds the arrays of the leaf: the gradient, the slots, and last the parameter if given.
     """
     arrays = dict(zip(trees, row, strict=True))
     if arrays["updates"] is None:
@@ -162,7 +162,7 @@ def _by_parts(rule: Callable, *arrays: jax.Array | None) -> list[jax.Array]:
 
 
 def _slot(start: ArrayLike, p: Any) -> jax.Array:
-    """Return a slot at its start value, sharded as its parameter is, also when made under jit.
+    """Return a slot at its start value, sharded like its parameter, also under jit.
 
     The parameter may be abstract, a `jax.ShapeDtypeStruct`.
     """
@@ -175,7 +175,7 @@ def _slot(start: ArrayLike, p: Any) -> jax.Array:
 
 
 def _at(name: str, value: Any, step: jax.Array) -> Any:
-    """Return a hyper-parameter now: a schedule is called with the number of updates before."""
+    """Return the value of a hyper-parameter at this update. Call it if it is a schedule."""
     if not callable(value):
         return value
     now: Any = value(step)

@@ -1,12 +1,12 @@
 """Clip gradients: by value, norm, average norm and global norm.
 
-TF1's order of operations, so gradients that need no clipping are still multiplied and divided by
-the bound, and may change in the last bit. Norms are computed in float32 or wider; of complex
-numbers they are the root of the sum of |x|**2. A zero gradient stays zero, and the derivative
-there is finite.
+The order of operations is that of TF1. So gradients that need no clipping are still multiplied and
+divided by the bound, and may change in the last bit. Norms are computed in float32 or wider. The
+norm of complex numbers is the root of the sum of |x|**2. A zero gradient stays zero, and the
+derivative there is finite.
 
-A norm that no number can reach bounds nothing: `clip_norm=float("inf")`, and in float32 every
-`clip_norm` from 1.9e19 on, whose square overflows. The gradients then pass unchanged.
+With `clip_norm=float("inf")` the gradients pass unchanged. So they do in float32 with any
+`clip_norm` from 1.9e19 on, because its square overflows.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ _CLIP_NORM = Range(lambda c: c >= _SMALLEST, "a number above 0; float('inf') is 
 def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTransformation:
     """Clip each element to a range, as TF1's `tf.clip_by_value`.
 
-    `max(min(x, clip_value_max), clip_value_min)`. NaN stays NaN. Of complex numbers real and
-    imaginary part are clipped, each by itself.
+    `max(min(x, clip_value_max), clip_value_min)`. NaN stays NaN. For complex numbers, real and
+    imaginary part are clipped separately.
 
     Args:
         clip_value_min: the lower bound: a scalar, a tree like the gradients with a scalar or an
@@ -86,14 +86,15 @@ def clip_by_norm(
 
     Args:
         clip_norm: a number above 0; infinity is no clipping.
-        axes: the axes that a norm is taken over: each slice is clipped by itself. All by default.
+        axes: the axes that a norm is taken over; each slice along the other axes is clipped by
+            itself. By default all axes, so the whole leaf has one norm.
 
     Returns:
         A transformation without state.
 
     Raises:
-        ValueError: `clip_norm` is not above 0, `axes` are no whole numbers or a leaf has fewer
-            axes, or the gradients are packed.
+        ValueError: `clip_norm` is not above 0, `axes` are not whole numbers, a leaf has fewer axes,
+            or the gradients are packed.
 
     Example:
         >>> clip_by_norm(2.5).update({"w": jnp.array([3.0, 4.0])}, optax.EmptyState())[0]
@@ -159,16 +160,17 @@ def clip_by_global_norm(clip_norm: ArrayLike) -> optax.GradientTransformationExt
     `x * c * min(1 / norm, 1 / c)`. A norm that is infinite or NaN makes every element NaN, so that
     `optax.apply_if_finite` sees it. TF1's `tf.clip_by_global_norm`.
 
-    Under `jax.jit` with sharded gradients the norm is of whole arrays. Inside `jax.shard_map` each
-    device sees its own shards, and would clip by the norm of those: pass the norm of all with
-    `use_norm`, as in the second example. Leaves that are replicated count once, not in the sum.
+    Under `jax.jit` with sharded gradients the norm is that of the whole arrays. Inside
+    `jax.shard_map` each device sees only its own shards, and would clip by their norm. There pass
+    the norm of all shards with `use_norm`, as in the second example. Add replicated leaves to that
+    norm once, outside of the `psum`.
 
     Args:
         clip_norm: a number above 0; infinity is no clipping.
 
     Returns:
-        A transformation without state. `update(..., use_norm=norm)` takes a norm that is known
-        already, and believes it.
+        A transformation without state. `update(..., use_norm=norm)` uses a norm that you computed
+        already. It is not checked.
 
     Raises:
         ValueError: `clip_norm` is not above 0, or `use_norm` is no scalar.
@@ -202,9 +204,9 @@ def clip_by_global_norm(clip_norm: ArrayLike) -> optax.GradientTransformationExt
 def global_norm(tree: Tree) -> jax.Array:
     """Return the L2 norm of all leaves together, as TF1's `tf.global_norm`.
 
-    `sqrt(sum of |x|**2)`, a scalar of the widest dtype among the leaves, float32 at least. Absent
-    leaves count nothing. Its derivative at zero is zero. Inside `jax.shard_map` it is the norm of
-    the shards of one device: see `clip_by_global_norm`.
+    `sqrt(sum of |x|**2)`, a scalar of the widest dtype among the leaves, at least float32. Absent
+    leaves are skipped. The derivative at zero is zero. Inside `jax.shard_map` it is the norm of the
+    shards of one device: see `clip_by_global_norm`.
 
     Example:
         >>> global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0]), "c": None})
@@ -214,8 +216,8 @@ def global_norm(tree: Tree) -> jax.Array:
     sums = [jnp.sum(_squares(x.astype(wide(x.dtype)))) for x in leaves]
     dtype = max((x.dtype for x in sums), key=lambda d: d.itemsize, default=jnp.float32)
     squares = [jnp.zeros((), dtype), *(x.astype(dtype) for x in sums)]
-    # The maximum changes nothing, NaN neither. Without it XLA makes of the sum one addition per
-    # leaf, and repeats them all inside every leaf that is scaled: the time to compile then grows
+    # The maximum changes no value, not even NaN. Without it XLA turns the sum into one addition per
+    # leaf, and repeats all of them inside every leaf that is scaled: the time to compile then grows
     # with the square of the number of leaves.
     return _root(jnp.sum(jnp.maximum(jnp.stack(squares), 0)))
 
@@ -240,7 +242,7 @@ def _clip_to_range(x: ArrayLike, low: Any, high: Any) -> Any:
 
 
 def _bound(bound: Any, dtype: np.dtype) -> Any:
-    """Return a bound in the dtype of a leaf. A whole number beyond its range bounds nothing."""
+    """Return a bound in the dtype of a leaf. A whole number outside its range becomes its end."""
     if jnp.issubdtype(dtype, jnp.integer) and not isinstance(bound, jax.Array):
         bound = np.clip(np.asarray(bound), jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
     with np.errstate(over="ignore"):  # 1e39 is infinite in float32, so no bound
@@ -250,8 +252,8 @@ def _bound(bound: Any, dtype: np.dtype) -> Any:
 def _unless_boundless(clip: Callable, x: jax.Array, clip_norm: ArrayLike) -> jax.Array:
     """Return `clip(c, x)` with `c` in the dtype of `x`, or `x` where no norm can reach `c`.
 
-    Norms are roots: none is above the root of the largest number. TF1's formulas make NaN or 0 of
-    an infinite bound, `x * inf / inf`, and of one whose inverse is 0.
+    A norm is a root, so it is at most the root of the largest number. With an infinite bound, TF1's
+    formulas would give NaN, `x * inf / inf`; with a bound whose inverse is 0 they would give 0.
     """
     dtype = real_dtype(x.dtype)
     with np.errstate(over="ignore"):
@@ -265,15 +267,15 @@ def _unless_boundless(clip: Callable, x: jax.Array, clip_norm: ArrayLike) -> jax
 def _scale(norm: jax.Array, c: Any, one: jax.Array) -> jax.Array:
     """Return the factor of all leaves; NaN if their norm is not finite."""
     scale = c * jnp.minimum(one / jnp.where(norm == 0, c, norm), one / c)
-    # inf - inf and nan - nan are NaN; at a constant jax_debug_nans would stop, used or not
+    # inf - inf and nan - nan are NaN. A constant NaN would trip jax_debug_nans even where unused.
     return jnp.where(jnp.isfinite(norm), scale, norm - norm)
 
 
 def _root(squares: jax.Array) -> jax.Array:
-    """Return the square root, whose derivative at zero is taken to be zero; NaN stays NaN.
+    """Return the square root, with a derivative of zero at zero. NaN stays NaN.
 
-    Without the selects XLA makes |x| of the norm of one element, sqrt(x * x), which does not
-    overflow where TF1's does.
+    Without the selects XLA replaces the norm of one element, sqrt(x * x), by |x|. That does not
+    overflow where TF1's norm does.
     """
     positive = squares > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)
@@ -285,7 +287,7 @@ def _squares(x: jax.Array) -> jax.Array:
 
 
 def _by_parts(f: Callable, x: jax.Array) -> jax.Array:
-    """Return `f(x)`; of complex numbers, `f` of real and of imaginary part."""
+    """Return `f(x)`. For complex numbers apply `f` to real and imaginary part separately."""
     return jax.lax.complex(f(x.real), f(x.imag)) if jnp.iscomplexobj(x) else f(x)
 
 
@@ -302,7 +304,7 @@ def _per_leaf(f: Callable, updates: Tree) -> Tree:
 
 
 def _is_float0(x: Any) -> bool:
-    """Whether a gradient is the float0 that `jax.grad(..., allow_int=True)` gives integers."""
+    """Return whether a gradient is float0, as `jax.grad(..., allow_int=True)` gives integers."""
     return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
@@ -322,13 +324,13 @@ def _check_axes(axes: tuple[int, ...] | None, updates: Tree) -> None:
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether an array broadcasts to the shape that is wanted."""
+    """Return whether an array of a shape broadcasts to the shape that is wanted."""
     tail = wanted[len(wanted) - len(shape) :]
     return len(shape) <= len(wanted) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))
 
 
 def _is_tree(bound: Any) -> bool:
-    """Whether a bound is a tree, not one value for all leaves."""
+    """Return whether a bound is a tree, not one value for all leaves."""
     return not jax.tree_util.treedef_is_leaf(jax.tree.structure(bound))
 
 

@@ -1,4 +1,4 @@
-"""Let a call that donates its arguments finish, although the user interrupts it.
+"""Finish a call that donates its arguments, although the user interrupts it.
 
 Ctrl-C raises `KeyboardInterrupt` between two instructions of Python, most often right after the
 long one: the training step. By then the arguments of a donated step are deleted, and its results

@@ -1,4 +1,4 @@
-"""Learning rates: schedules, functions of the number of updates before this one (0, 1, ...)."""
+"""Schedule learning rates: functions of the number of updates before this one (0, 1, ...)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +21,10 @@ def exponential_decay(
     """Decay a learning rate exponentially: `learning_rate * decay_rate**(step / decay_steps)`.
 
     TF1's `tf.train.exponential_decay`. It is computed in the dtype of `learning_rate`, float32 for
-    a Python number; 16-bit dtypes cannot count steps, so for these it is computed in float32 and
-    then rounded.
+    a Python number. A 16-bit dtype cannot count steps, so then it is computed in float32 and
+    rounded at the end.
 
-    With `staircase` the quotient is rounded down, in whole numbers: step `k * decay_steps` is on
+    With `staircase` the quotient is rounded down in whole numbers: step `k * decay_steps` is on
     stair k, for every `decay_steps`. (TF1, and a jitted float quotient, are one step late for one
     `decay_steps` in eight.)
 
@@ -73,7 +73,7 @@ def exponential_decay(
 
 
 def _stair(step, decay_steps: ArrayLike, dtype):
-    """Return on which stair a step is: the quotient, rounded down without an error."""
+    """Return the stair that a step is on: the quotient, rounded down exactly."""
     if is_concrete(decay_steps) and np.all(np.asarray(decay_steps) > LAST_STEP):
         decay_steps = scalar(decay_steps, np.float64)  # such an integer does not fit into int32
     steps = jnp.asarray(decay_steps)

@@ -1,4 +1,4 @@
-"""Roots with a finite derivative at zero, and an order in which XLA reads arrays."""
+"""Take roots with a finite derivative at zero, and fix the order in which XLA reads arrays."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from emaopt._tree.numbers import is_concrete
 
 @jax.custom_jvp
 def sqrt(x):
-    """Return the square root, whose derivative at zero is taken to be zero.
+    """Return the square root, with a derivative of zero at zero.
 
-    It is infinite there, and times the zero derivative of a square NaN: of `sqrt(x * x)`, of a
-    norm, of Adam's `sqrt(v)` at the start.
+    The true derivative there is infinite. Times the zero derivative of a square it is NaN: for
+    `sqrt(x * x)`, for a norm, and for Adam's `sqrt(v)` at the start.
     """
     return jnp.sqrt(x)
 
@@ -29,9 +29,9 @@ def _sqrt_jvp(primals, tangents):
 def after(first: jax.Array, x: jax.Array) -> jax.Array:
     """Return `x` unchanged, but let XLA read it only once `first` is known.
 
-    Nothing is above infinity, but XLA cannot prove that. An optimization barrier says the same and
-    is dropped before XLA decides what to copy. Without it a step of Ftrl or Adadelta copies a slot,
-    and takes 1.2 to 3 times as long on a CPU.
+    Nothing is above infinity, but XLA cannot prove that. An optimization barrier would say the
+    same, but XLA drops it before it decides what to copy. Without this order a step of Ftrl or
+    Adadelta copies a slot, and takes 1.2 to 3 times as long on a CPU.
     """
     return jnp.where(first > jnp.inf, first, x)
 
@@ -39,7 +39,7 @@ def after(first: jax.Array, x: jax.Array) -> jax.Array:
 def root(n: jax.Array, q: Any) -> jax.Array:
     """Return `n**q`. TF1's kernel takes the square root for its default power.
 
-    The derivative at zero is taken to be zero, as that of `sqrt`.
+    The derivative at zero is zero, as for `sqrt`.
     """
     if is_concrete(q) and q == 0.5:
         return sqrt(n)

@@ -1,12 +1,12 @@
-"""TF1's seven optimizers: what each does to one leaf, in the order of TF1's kernel.
+"""Compute TF1's seven optimizers: a rule for one leaf each, in the order of TF1's kernel.
 
-A rule computes one leaf: `rule(g, p, *slots, **hyper) -> (update, *new_slots)`. `g` is the
-gradient, `p` the parameter, and the update is what `optax.apply_updates` adds to it. The order of
-operations is that of TF1's CPU kernels, so that the numbers are TF1's, too.
+A rule is `rule(g, p, *slots, **hyper) -> (update, *new_slots)`. `g` is the gradient, `p` the
+parameter, and the update is what `optax.apply_updates` adds to it. The order of operations is that
+of TF1's CPU kernels, so that the numbers are TF1's too.
 
-Every optimizer takes a learning rate that is a number or a schedule, a function of the number of
-updates before this one (0, 1, ...). Hyper-parameters may be traced (`optax.inject_hyperparams`,
-`jax.vmap` over learning rates); only numbers can be checked.
+The learning rate of every optimizer is a number or a schedule, a function of the number of updates
+before this one (0, 1, ...). Hyper-parameters may be traced (`optax.inject_hyperparams`, `jax.vmap`
+over learning rates); then their range is not checked.
 """
 
 from typing import Any
@@ -39,8 +39,8 @@ KINDS = {
 def gradient_descent(learning_rate: LearningRate) -> optax.GradientTransformationExtraArgs:
     """Return TF1's `GradientDescentOptimizer`: `p -= g * lr`. It keeps no slots.
 
-    Complex parameters are taken as Optax takes them, `p -= g * lr` without a conjugate. Of a real
-    loss `jax.grad` gives the conjugate of the direction in which it grows: pass
+    Complex parameters are updated as in Optax, `p -= g * lr` without a conjugate. For a real loss
+    `jax.grad` returns the conjugate of the direction in which the loss grows, so pass
     `jax.tree.map(jnp.conj, grads)`. `emaopt.minimize` does that itself.
 
     Args:
@@ -137,7 +137,7 @@ def adadelta(
     Args:
         learning_rate: a finite number, or a schedule of the number of updates before this one.
         rho: the share of both accumulators that an update keeps, from 0 to 1.
-        epsilon: above 0. It is what the first updates are made of.
+        epsilon: above 0. The size of the first updates depends on it.
 
     Returns:
         A transformation for `optax.chain`. Its state is an `OptimizerState`.
@@ -159,8 +159,8 @@ def adadelta(
         a = a * rho + g * g * (1 - rho)
         update = -(step(a, d) * learning_rate)
         # TF1's kernel would go on with `u`. Here `u` is computed once more for `d`, after the new
-        # parameter: XLA's CPU backend makes one loop for each result, and would else copy `d`,
-        # which the loop of the parameter reads and the loop of `d` overwrites.
+        # parameter. XLA's CPU backend makes one loop for each result. Without this order it copies
+        # `d`, because the loop of the parameter reads what the loop of `d` overwrites.
         new_p = update if p is None else p + update
         d = after(new_p, d)
         u = step(after(new_p, a), d)
@@ -230,7 +230,7 @@ def ftrl(
     l2_regularization_strength: ArrayLike = 0.0,
     l2_shrinkage_regularization_strength: ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return TF1's `FtrlOptimizer`, which makes exact zeros with L1.
+    """Return TF1's `FtrlOptimizer`. Its L1 regularization makes parameters exactly zero.
 
     With `q = -learning_rate_power` and `n = accum + g * g`:
     `linear += g + 2 * shrinkage * p - (n**q - accum**q) / lr * p`, `accum = n`, and the new
@@ -243,9 +243,9 @@ def ftrl(
         learning_rate: a number above 0, or a schedule of the number of updates before this one.
         learning_rate_power: 0 or below; -0.5 is the root, and fastest.
         initial_accumulator_value: where `accum` starts, 0 or above.
-        l1_regularization_strength: 0 or above. What `linear` must exceed.
+        l1_regularization_strength: 0 or above. A parameter is 0 while `|linear|` is not above it.
         l2_regularization_strength: 0 or above. TF1 counts it twice.
-        l2_shrinkage_regularization_strength: 0 or above. Added to the gradient, not to `accum`.
+        l2_shrinkage_regularization_strength: 0 or above. It changes `linear` but not `accum`.
 
     Returns:
         A transformation for `optax.chain`. Its update needs the parameters.
@@ -270,9 +270,9 @@ def ftrl(
     def rule(g, p, accum, linear, *, learning_rate, power, l1, l2, shrinkage):
         new_root, old_root = root(accum + g * g, -power), root(accum, -power)
         linear = linear + (g + 2 * shrinkage * p - (new_root - old_root) / learning_rate * p)
-        # TF1's kernel would go on with `new_root`. Here it is computed once more, after `linear`:
-        # XLA's CPU backend makes one loop for each result, and would else copy `accum`, which the
-        # loop of `linear` reads and the loop of `accum` overwrites.
+        # TF1's kernel would go on with `new_root`. Here it is computed once more, after `linear`.
+        # XLA's CPU backend makes one loop for each result. Without this order it copies `accum`,
+        # because the loop of `linear` reads what the loop of `accum` overwrites.
         accum = after(linear, accum) + g * g
         quadratic = root(accum, -power) / learning_rate + 2 * l2
         # Divided only where it is used: an accumulator and a gradient of zero make 0 / 0 elsewhere.

@@ -27,7 +27,7 @@ def compute_gradients(
 ) -> tuple[Any, Tree]:
     """Compute a loss and its gradients: TF1's `Optimizer.compute_gradients`.
 
-    As `jax.value_and_grad(loss)(params, *args)`, and it takes parameters that are partly integers,
+    It does what `jax.value_and_grad(loss)(params, *args)` does. Some parameters may be integers,
     booleans, keys or absent: their gradient is `None`. The gradient of a complex parameter is that
     of JAX, the conjugate of the direction in which a real loss grows.
 
@@ -111,7 +111,7 @@ def _cotangent(value: Any, grad_loss: Any) -> jax.Array:
 
 
 def _check_transformation(tx: Any) -> None:
-    """Raise unless `tx` is a transformation; a common slip is to pass a function that makes one."""
+    """Raise unless `tx` is a transformation. A common mistake is to pass `adam` for `adam()`."""
     if not hasattr(tx, "init"):
         raise ValueError(
             f"tx is a {type(tx).__name__}, not a gradient transformation. Pass what a call made, "
@@ -135,9 +135,9 @@ def apply_gradients(
         grads: a tree like `params`, from `compute_gradients` or `jax.grad`.
         params: the parameters.
         opt_state: the state, from `tx.init(params)` or the last step.
-        extra: what links of the chain take beside: `value=`, `grad=` and `value_fn=` for Optax's
-            line searches, `num_updates=` for `ema`, `use_norm=` for `clip_by_global_norm`. Links
-            that do not take them ignore them, as in `optax.chain`.
+        extra: further arguments of the links of the chain: `value=`, `grad=` and `value_fn=` for
+            Optax's line searches, `num_updates=` for `ema`, `use_norm=` for `clip_by_global_norm`.
+            Links ignore arguments that they do not know, as in `optax.chain`.
 
     Returns:
         `(params, opt_state)` after the step.
@@ -177,29 +177,31 @@ def minimize(
     `optax.polyak_sgd` and `optax.contrib.reduce_on_plateau` work in it. Complex gradients are
     conjugated, so that the step descends.
 
-    A donated step takes over the memory of `params` and `opt_state`: use what it returns, and
-    copies (`emaopt.average` returns one). Ctrl-C waits until a step is finished, so that a loop
-    `params, opt_state, value = step(params, opt_state, x)` that is interrupted keeps all three.
+    A donated step takes over the memory of `params` and `opt_state`. Go on with what it returns,
+    and keep copies of what you need later (`emaopt.average` returns one). Ctrl-C waits until a step
+    is finished, so an interrupted loop `params, opt_state, value = step(params, opt_state, x)`
+    keeps all three.
 
     Args:
         loss: `loss(params, *args, **kwargs)`, as for `compute_gradients`.
         tx: the transformation, such as `optax.chain(emaopt.adam(), emaopt.ema(0.999))`.
         var_list: which leaves to train, a mask or a function that makes one; all by default.
-        has_aux: whether the loss returns `(value, aux)`; then the step returns that as `value`.
+        has_aux: whether the loss returns `(value, aux)`. Then the `value` that the step returns is
+            this pair.
         donate: whether the step takes over the memory of `params` and `opt_state`. `False` keeps
             them, and takes twice the memory.
-        static_argnames: keyword arguments of the loss that are static, as those of `jax.jit`: they
-            are hashable, and each new value is compiled anew. Python's booleans and strings are
-            always static, so that a loss may say `if train:`.
+        static_argnames: keyword arguments of the loss that are static, as for `jax.jit`: they must
+            be hashable, and each new value compiles the step again. Python's booleans and strings
+            are always static, so that a loss may say `if train:`.
 
     Returns:
-        `step(params, opt_state, *args, **kwargs) -> (params, opt_state, value)`; the further
-        arguments are those of the loss. `step.lower(...)` lowers it, as that of `jax.jit`.
+        `step(params, opt_state, *args, **kwargs) -> (params, opt_state, value)`; `args` and
+        `kwargs` go to the loss. `step.lower(...)` lowers it, as for `jax.jit`.
 
     Raises:
         ValueError: `tx` is no transformation. The step raises what `compute_gradients` and
             `apply_gradients` raise.
-        RuntimeError: the step is called with arrays that an earlier one took over.
+        RuntimeError: the step is called with arrays that an earlier step took over.
 
     Example:
         >>> tx = optax.sgd(0.25)
@@ -247,8 +249,8 @@ def _take(
 ) -> tuple[Params, State]:
     """Take one step, with the further arguments that the chain takes.
 
-    Links ignore arguments that they do not know: Optax's convention. `optax.contrib.sam` does not,
-    but takes `grad_fn` alone, which Optax's line searches in turn refuse.
+    Links ignore arguments that they do not know; that is Optax's convention. `optax.contrib.sam`
+    does not follow it: it accepts `grad_fn` alone, which Optax's line searches refuse.
     """
     try:
         return apply_gradients(tx, grads, params, opt_state, **extra)
@@ -259,9 +261,9 @@ def _take(
 
 
 def _finishing(jitted: Callable[[tuple, dict], Any]) -> Callable[..., tuple[Any, Any, Any]]:
-    """Return the step that a user calls: it finishes although the user interrupts it.
+    """Return the step that a user calls. It finishes although the user interrupts it.
 
-    `jitted` gives the jitted step for the arguments of the loss; what it returns is `flat`.
+    `jitted` returns the jitted step for the arguments of the loss. The result of that is `flat`.
     """
 
     def step(params, opt_state, *args, **kwargs):
@@ -291,8 +293,8 @@ def _finishing(jitted: Callable[[tuple, dict], Any]) -> Callable[..., tuple[Any,
 def _once_each(trees: Any) -> Any:
     """Return trees in which every array stands once; `None` if that is so already.
 
-    The memory of an array cannot be taken over twice, and the state that `optax.lbfgs` starts with
-    has the same zeros in two places.
+    The memory of an array cannot be taken over twice. The first state of `optax.lbfgs` has the same
+    array of zeros in two places.
     """
     found, structure = jax.tree.flatten(trees)
     seen: set[int] = set()
@@ -305,14 +307,14 @@ def _once_each(trees: Any) -> Any:
 
 
 def _static(names: set[str], args: tuple, kwargs: dict) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return positions and names of the static arguments: booleans, strings, and those named."""
+    """Return positions and names of the static arguments: booleans, strings, and `names`."""
     fixed = lambda x: isinstance(x, (bool, str))
     numbers = tuple(i for i, x in enumerate(args, start=2) if fixed(x))
     return numbers, tuple(name for name, x in kwargs.items() if name in names or fixed(x))
 
 
 def _scalar(value: Any, has_aux: bool) -> jax.Array:
-    """Return what a line search compares: the sum of a loss of many elements, without aux."""
+    """Return the number that a line search compares: the loss, summed over its elements."""
     return jnp.sum(value[0] if has_aux else value)
 
 

@@ -1,4 +1,4 @@
-"""Checks of arguments, and what their errors say."""
+"""Check arguments, and word the errors about them."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ class Range(NamedTuple):
 
 
 # State and hyper-parameters are float32 unless asked otherwise, and steps are int32. A number
-# outside of these becomes 0, infinity or another number there.
+# outside of their range would become 0, infinity or another number.
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 LAST_STEP = 2**31 - 1
 
@@ -42,7 +42,7 @@ def whole(least: int) -> Range:
 
 
 def check_shape(leaf: str, **arrays) -> None:
-    """Raise unless all arrays are there and have the shape of the first."""
+    """Raise unless all arrays are present and have the shape of the first one."""
     (first, array), *others = arrays.items()
     for name, other in others:
         if isinstance(other, optax.MaskedNode):
@@ -84,7 +84,7 @@ def check_floating(name: str, tree: Tree, complex_too: bool = False) -> None:
 
 
 def check_array(leaf: str, x, name: str) -> None:
-    """Raise unless a leaf is an array or a number; a module may have strings and functions."""
+    """Raise unless a leaf is an array or a number. A module may hold strings and functions."""
     if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
         raise ValueError(
             f"{name} has a {type(x).__name__} at leaf {leaf!r}, which is no array. Pass the arrays "
@@ -94,7 +94,7 @@ def check_array(leaf: str, x, name: str) -> None:
 
 
 def check(name: str, value, good: Callable, wanted: str) -> None:
-    """Raise unless all numbers of an argument are in range; traced ones cannot be looked at."""
+    """Raise unless all numbers of an argument are in range. Traced numbers are not checked."""
     if not is_concrete(value):
         return
     try:
@@ -109,7 +109,7 @@ def check(name: str, value, good: Callable, wanted: str) -> None:
 
 
 def check_scalar(name: str, value, good: Callable, wanted: str) -> None:
-    """Raise unless an argument is one number, and in range; a traced one cannot be looked at."""
+    """Raise unless an argument is one number, and in range. A traced number is not checked."""
     check(name, value, lambda x: x.ndim == 0 and good(x), wanted)
 
 
@@ -161,7 +161,7 @@ def written_names(
 
 
 def describe(leaf) -> str:
-    """Return what an error says of a leaf: dtype and shape."""
+    """Return the text by which an error describes a leaf: dtype and shape."""
     if hasattr(leaf, "dtype"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return repr(leaf)
@@ -188,7 +188,7 @@ def _shown(tree: Tree) -> str:
 
 def _shown_leaf(x: Any) -> str:
     is_number = isinstance(x, (jax.Array, np.ndarray)) and np.ndim(x) == 0 and is_concrete(x)
-    # what lies on other processes, or was donated, cannot be read
+    # an array of other processes cannot be read, nor one that was donated
     if is_number and not (
         isinstance(x, jax.Array) and (x.is_deleted() or not x.is_fully_addressable)
     ):

@@ -1,4 +1,4 @@
-"""Where an array lies: on which devices, in which memory."""
+"""Put arrays on devices, and into the memory of a device or of the host."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from .paths import Tree
 
 
 def beside(params: Tree, x: jax.Array) -> jax.Array:
-    """Return a scalar of a new state, on every device that the parameters are sharded over.
+    """Return a scalar of a new state, placed on every device that the parameters are sharded over.
 
-    Left on one device, it would come back from the first step on all of them, and the second step
+    If it stayed on one device, the first step would return it on all of them, and the second step
     would be compiled again. The parameters may be abstract.
     """
     for p in jax.tree.leaves(params):
@@ -24,10 +24,10 @@ def beside(params: Tree, x: jax.Array) -> jax.Array:
 
 
 def in_memory(x, space: Any = jax.memory.Space.Device):
-    """Return a leaf in a memory: that of its devices, to compute with, or that of the host."""
+    """Return a leaf in a memory: by default that of its devices, to compute with."""
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 def stay(before, after):
-    """Return a computed leaf in the memory of the leaf before it, which may be the host's."""
+    """Return a new leaf in the memory of the old one, which may be the memory of the host."""
     return in_memory(after, jax.typeof(before).memory_space)

@@ -1,4 +1,4 @@
-"""Leaves of several trees side by side. `None` is an absent leaf and stays absent."""
+"""Map over the leaves of several trees side by side. `None` is an absent leaf and stays absent."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def zip_leaves(**trees: Tree) -> tuple[list[tuple], Any]:
 
 
 def tree_map(f: Callable, **trees: Tree) -> Tree:
-    """Return `f` of the leaves side by side; absent where the leaf of the first tree is absent."""
+    """Return a tree of `f(*leaves)`. A leaf that is absent in the first tree stays absent."""
     rows, treedef = zip_leaves(**trees)
     return treedef.unflatten([None if row[0] is None else f(*row) for row in rows])
 
@@ -61,8 +61,8 @@ def tree_map(f: Callable, **trees: Tree) -> Tree:
 def map_leaves(f: Callable, results: int, **trees: Tree) -> tuple[Tree, ...]:
     """Return several trees at once, one for each result of `f(name, *leaves)`.
 
-    `f` is called for absent leaves, too: it gets `None` and decides what that means. With
-    `results=0` it only looks at the leaves: what it returns is ignored.
+    `f` is called for absent leaves too: it gets `None` and decides what that means. With
+    `results=0` the results of `f` are ignored.
 
     Args:
         f: gets the name of a leaf, and the leaf of each tree; returns a tuple of `results` leaves.

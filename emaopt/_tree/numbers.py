@@ -1,4 +1,4 @@
-"""Dtypes and scalars. State is never narrower than float32 unless the user asks: see `wide`."""
+"""Choose dtypes. State is never narrower than float32 unless the user asks: see `wide`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 
 def is_inexact(x: Any) -> bool:
-    """Return whether a leaf holds floating-point or complex numbers: no integer, boolean, key."""
+    """Return whether a leaf holds floating-point or complex numbers, not integers or keys."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
@@ -25,7 +25,7 @@ def wide(dtype: Any) -> np.dtype:
 
 
 def real_dtype(dtype: Any) -> np.dtype:
-    """Return the dtype of real and imaginary part; of a real dtype, itself."""
+    """Return the dtype of the real and imaginary parts. A real dtype is returned as it is."""
     return jnp.finfo(dtype).dtype
 
 

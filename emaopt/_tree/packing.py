@@ -1,8 +1,8 @@
-"""Many small leaves in one array.
+"""Join many small leaves into one array.
 
-A training step of a thousand small leaves is bookkeeping, some microseconds per array, and little
-else. `pack` puts them into one array per dtype, `unpack` takes them out again, bit for bit. What is
-computed element by element is the same on either.
+A training step of a thousand small leaves is mostly bookkeeping, some microseconds per array.
+`pack` joins them into one array per dtype, and `unpack` takes them out again, bit for bit. Whatever
+computes element by element has the same results on both.
 """
 
 import functools
@@ -58,8 +58,8 @@ class _Layout:
 class Packed:
     """Hold the leaves of a tree in few arrays: a pytree node in place of the tree.
 
-    `pack` makes it, and `unpack` opens it. Its leaves are one array `[n]` per dtype, and the leaves
-    that were not joined.
+    `pack` makes it, and `unpack` opens it. Its own leaves are one array `[n]` per dtype, and the
+    leaves that were not joined.
     """
 
     def __init__(self, layout: _Layout, arrays: tuple):
@@ -93,15 +93,16 @@ def pack(tree: Tree, like: Tree = None, max_size: int = 2**16) -> Any:
     `unpack((params, opt_state))`, and pack them again with `like`.
 
     Some leaves stay alone: those above `max_size` elements, those sharded over several devices,
-    and keys. A transformation sees arrays where it saw leaves. That is the same for what works
-    element by element, and for `clip_by_global_norm`. What treats every leaf by itself, by norm or
-    by name, goes into `on_leaves`. `heal` mends whole arrays, and `stochastic` draws other numbers.
+    and keys. A transformation sees the packed arrays in place of the leaves. Transformations that
+    work element by element give the same results, and so does `clip_by_global_norm`. Wrap those
+    that treat each leaf by its norm or its name in `on_leaves`. `heal` mends whole arrays, and
+    `stochastic` draws other numbers.
 
     Args:
         tree: any pytree of arrays and numbers. It may have absent leaves, but no packed nodes.
-        like: a tree with packed nodes in the places where `tree` has what they were made of, such
-            as `(params, opt_state)` before `unpack`.
-        max_size: how many elements a leaf may have to be joined; joining copies it.
+        like: a tree with the packed nodes that `tree` is to get again, such as `(params,
+            opt_state)` before `unpack`.
+        max_size: a leaf with more elements is not joined; joining copies it.
 
     Returns:
         A `Packed` node, or with `like` a tree with packed nodes where `like` has them.
@@ -145,9 +146,9 @@ def pack(tree: Tree, like: Tree = None, max_size: int = 2**16) -> Any:
 def unpack(tree: Tree) -> Tree:
     """Return the tree with every packed node opened: the original leaves, bit for bit.
 
-    It opens anything with packed nodes in it: parameters, a state, both. Inside a loss it is
-    cheap: its derivative joins the gradients once. What stands in place of a whole array (a mask,
-    a count) is given to every leaf of it.
+    `tree` is anything with packed nodes in it: parameters, a state, both. Inside a loss it is
+    cheap: its derivative joins the gradients once. A single value in place of a packed array (a
+    mask, a count) is repeated for every leaf of it.
 
     Example:
         >>> unpack((pack({"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])}), 7))
@@ -161,7 +162,7 @@ def unpack(tree: Tree) -> Tree:
 def on_leaves(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Return a transformation that sees the leaves, in a chain that works on packed arrays.
 
-    For a `tx` that treats every leaf by itself, by norm or by name. Its state is not packed.
+    Wrap a `tx` that treats each leaf by its norm or its name. Its state is not packed.
 
     Example:
         >>> import emaopt
@@ -188,12 +189,12 @@ def check_unpacked(name: str, tree: Tree, fix: str) -> None:
 
 
 def _is_packed(node: Any) -> bool:
-    """Whether a node is one that `pack` made."""
+    """Return whether a node is one that `pack` made."""
     return isinstance(node, Packed)
 
 
 def _kind(x: jax.Array, max_size: int) -> Any:
-    """Return the key under which leaves are joined: dtype and devices; `None` for a leaf alone."""
+    """Return the key under which leaves are joined: dtype and devices; `None` to stay alone."""
     if x.size > max_size or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return None
     if not is_concrete(x):
@@ -227,7 +228,7 @@ def _up_to(treedef: Any, tree: Tree) -> list:
 
 
 def _fill(layout: _Layout, leaves: list, like: tuple | None = None) -> Packed:
-    """Put leaves into their arrays; where `like` has no array of all, one leaf stands for all."""
+    """Put leaves into their arrays. Where `like` has one value for all leaves, keep one value."""
     arrays = []
     for n, members in enumerate(layout.arrays.values()):
         rows = [leaves[i] for i in members]
@@ -238,7 +239,7 @@ def _fill(layout: _Layout, leaves: list, like: tuple | None = None) -> Packed:
 
 
 def _join(places: list[_Place], leaves: list) -> jax.Array:
-    """Join leaves one after the other, `[n]`; further leading axes stay, as those of `jax.vmap`."""
+    """Join leaves one after the other, `[n]`. Leading axes, as of `jax.vmap`, stay in front."""
     leaves = [x if x is None else jnp.asarray(x) for x in leaves]
     first = leaves[0]
     for place, x in zip(places, leaves, strict=True):
@@ -256,7 +257,7 @@ def _join(places: list[_Place], leaves: list) -> jax.Array:
 
 
 def _open(packed: Packed) -> Tree:
-    """Return the tree of a packed node; what stands for a whole array goes to every leaf of it."""
+    """Return the tree of a packed node. A single value in place of an array goes to each leaf."""
     layout = packed._layout
     leaves: list[Any] = [None] * len(layout.places)
     for name, x in zip(layout.arrays, packed._arrays, strict=True):
@@ -280,7 +281,7 @@ def _open(packed: Packed) -> Tree:
 def _split(x: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
     """Return the leaves of an array, cut along its last axis.
 
-    Jitted, so that op by op it is one call instead of two per leaf.
+    It is jitted, so that outside of `jit` it is one call instead of two per leaf.
     """
     sizes = tuple(map(math.prod, shapes))
     parts = (_differentiable if is_inexact(x) else _read)(x, sizes)
@@ -298,9 +299,9 @@ def _read(x: jax.Array, sizes: tuple[int, ...]) -> Sequence[jax.Array]:
 def _sliced(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     """Cut an array as `lax.split` does, with the offsets hidden from the compiler.
 
-    XLA's CPU backend compiles a separate kernel for every constant offset. With offsets that it
-    cannot see, all slices of one shape share a kernel: without this every leaf adds one to compile.
-    The barrier keeps XLA from folding the constants.
+    XLA's CPU backend compiles a separate kernel for every constant offset. With hidden offsets all
+    slices of one shape share a kernel. The barrier hides them, because it keeps XLA from folding
+    constants.
     """
     ends = np.cumsum(sizes, dtype=np.int32)
     starts = [np.array([end - size, 0]) for end, size in zip(ends, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""The names of leaves: a leaf is named by its key path, joined with a slash.
+"""Name the leaves of a tree: a name is the key path, joined with a slash.
 
 A name sees through whatever stands for one array. In `{"kernel": nn.Partitioned(x)}` the leaf is
 `kernel`, not `kernel/value`: see `stands_for_array`.
@@ -14,7 +14,7 @@ from jax.tree_util import FlattenedIndexKey, GetAttrKey, tree_flatten_with_path
 
 Tree = Any
 KeyPath = tuple[str, ...]
-Params = TypeVar("Params")  # a tree that comes back of the type that it was
+Params = TypeVar("Params")  # a tree that is returned with the type that it had
 State = TypeVar("State")
 
 
@@ -34,7 +34,7 @@ def key_paths(tree: Tree) -> list[KeyPath]:
 
 
 def leaf_paths(tree: Tree) -> list[KeyPath]:
-    """Return the key path of every leaf, absent ones too, without what wraps a single array."""
+    """Return the key path of every leaf, absent ones too, without the wrappers of single arrays."""
     is_leaf = lambda node: node is None or stands_for_array(node)
     paths = []
     for keys, node in tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
@@ -47,8 +47,8 @@ def leaf_paths(tree: Tree) -> list[KeyPath]:
 def stands_for_array(node: Any) -> bool:
     """Return whether a node of a tree stands for one array, so that it is no level of a name.
 
-    Such are Linen's `Partitioned` and `LogicallyPartitioned`, NNX's `Variable`, haliax's
-    `NamedArray`. No package is asked: a node stands for an array if
+    Examples are Linen's `Partitioned` and `LogicallyPartitioned`, NNX's `Variable` and haliax's
+    `NamedArray`. None of these packages is imported. A node stands for an array if
 
     * it is registered with JAX, and is no container (dict, list, tuple, named tuple, any other
       mapping or sequence) and no module (a class with a base named `Module`: Equinox, NNX), whose
@@ -105,12 +105,12 @@ def _is_variable(x: Any) -> bool:
 
 
 def called(name: str, paths: Iterable[KeyPath]) -> list[KeyPath]:
-    """Return the paths that a name means: those in which its steps stand, in this order.
+    """Return the paths that a name means: the paths that contain its steps in this order.
 
-    This is what `name=` means wherever an average is chosen: in a state, and in a checkpoint. A
-    path that is the name comes first; then those that have all its steps in a row; then those
-    where other steps lie between, as the fields of a wrapper do: `x/1` is
-    `inner_states/x/inner_state/1`. Only the best of these three are returned.
+    This is what `name=` means wherever an average is chosen: in a state, and in a checkpoint. The
+    best kind of match wins. Best is a path equal to the name. Then come paths with all steps of the
+    name in a row. Then come paths with other steps in between, such as the fields of a wrapper:
+    `x/1` means `inner_states/x/inner_state/1`.
 
     Args:
         name: steps of a path, joined with a slash, as in `emaopt.averages(opt_state)`.
@@ -128,7 +128,7 @@ def called(name: str, paths: Iterable[KeyPath]) -> list[KeyPath]:
 
 
 def _position(steps: KeyPath, path: KeyPath) -> int | None:
-    """Return where the steps stand in a row in a path, or `None`."""
+    """Return the position in a path from which the steps stand in a row, or `None`."""
     starts = range(len(path) - len(steps) + 1)
     return next((i for i in starts if path[i : i + len(steps)] == steps), None)
 
@@ -139,9 +139,9 @@ def _in_order(steps: KeyPath, path: KeyPath) -> bool:
 
 
 def printable(name: str) -> str:
-    r"""Return a name as a terminal may show it: with escape codes and line ends as `\x1b`, `\n`.
+    r"""Return a name that is safe to print: control characters are escaped, `\x1b`, `\n`.
 
-    For tables and errors that show names from a file. Names shown with `repr` are escaped already.
+    Use it in tables and errors that show names from a file. `repr` escapes names already.
 
     >>> print(printable("conv/kernel"), printable("a\nb"))
     conv/kernel a\nb

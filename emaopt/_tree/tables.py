@@ -1,4 +1,4 @@
-"""Which leaves of a state belong to a table: the table itself, its slots and its averages."""
+"""Find the leaves of a state that belong to a table: the table, its slots and its averages."""
 
 from collections.abc import Collection
 
@@ -35,7 +35,7 @@ def owners_of(tree: Tree, names: list[str], tables: Collection[str]) -> list[str
 
 
 def _check_is_one(table: str, names: list[str], tree: Tree) -> None:
-    """Raise if two parameters end with the name of a table. A state has it in several places."""
+    """Raise if two parameters end with the name of a table. Its slots in a state do not count."""
     keys = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]]
     in_fields = {
         name
@@ -60,7 +60,7 @@ def _longest_end(name: str, known: set[str]) -> str | None:
 def _outermost(names: list[str], owners: list[str | None]) -> list[str | None]:
     """Return the owners without leaves like `m/other/table`, where `m/table` is there as well.
 
-    Of a state alone, the names of the other parameters are not known.
+    This is for a state alone, where the names of the other parameters are not known.
     """
     starts = [
         (owner, name.removesuffix(owner))
@@ -79,7 +79,7 @@ def _outermost(names: list[str], owners: list[str | None]) -> list[str | None]:
 
 
 def check_can_be_taken(table: str, name: str, names: list[str]) -> None:
-    """Raise if what a leaf holds changes for all rows at every step, so that no view can do it."""
+    """Raise if a leaf changes in all rows at every step, because a view updates only some rows."""
     above = name.removesuffix(table).split("/")
     if "acc_grads" in above:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""The averages of other libraries: a decay for each, under that library's argument names.
+"""Average as other libraries do: a decay for each, under that library's argument names.
 
 `emaopt.ema(presets.diffusers(use_ema_warmup=True))` gives diffusers' averages, update by update. A
-preset is a decay like any other: t = 1 is the library's first averaging call, after the first
-optimizer step. What a library does beside averaging (overwriting, copying buffers) is not part of
-it. Where a library does not do what it documents, the preset does what is documented: "Differs" in
-its docstring, and docs/peers.md. In bfloat16 nearly all differ: at a decay near 1 their averages
-stand still. Those of 16-bit parameters are float32 here.
+preset is a decay like any other. t = 1 is the library's first averaging call, after the first
+optimizer step. A preset only averages: what a library does beside (overwriting, copying buffers) is
+not part of it. Where a library does not do what it documents, the preset does what is documented;
+its docstring says so under "Differs", and so does docs/peers.md. In bfloat16 nearly all libraries
+differ: at a decay near 1 their averages do not move. Averages of 16-bit parameters are float32.
 """
 
 from ._jax import nnx as nnx, optax as optax

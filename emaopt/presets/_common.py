@@ -1,4 +1,4 @@
-"""What several presets need: checks under the library's argument names, and two kinds of decays."""
+"""Help the presets: check arguments under the library's names, and make two kinds of decays."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ def named(decay: Decay, name: str, *arguments: object) -> Decay:
 
 
 def each(period: int, decay: Decay) -> Decay:
-    """Return `decay` of the values at t = 1, 1 + period, ..., which it counts; skip others."""
+    """Apply `decay` to the values at t = 1, 1 + period, ... only, and count just those."""
     taken = lambda t: (t - 1) // period + 1
 
     def over(t, n):

@@ -1,4 +1,4 @@
-"""The averages of Optax and Flax, as decays."""
+"""Average as Optax and Flax do."""
 
 from emaopt._average.decay import Decay
 from emaopt._average.decays import after

@@ -1,4 +1,4 @@
-"""The averages of PyTorch and of libraries for PyTorch models, as decays."""
+"""Average as PyTorch and libraries for PyTorch models do."""
 
 import math
 
@@ -135,9 +135,9 @@ def ema_pytorch(
     """Average as ema_pytorch's `EMA`.
 
     It takes a value at t = 1, 1 + update_every, ... The decay there is
-    `1 - (1 + s / inv_gamma)**-power`, s = t - 1 - update_after_step. beta is of the values taken,
-    so the average gets longer with update_every; `emaopt.every` keeps the length. ema-pytorch
-    0.8.3.
+    `1 - (1 + s / inv_gamma)**-power`, s = t - 1 - update_after_step. beta is the decay per value
+    taken, so the average gets longer with update_every; `emaopt.every` keeps the length.
+    ema-pytorch 0.8.3.
 
     Args:
         beta: The largest decay, from 0 to 1. With 1 the average stands still after the copies.
@@ -174,8 +174,8 @@ def ema_pytorch_karras(
     the n-th value. (One later than in the paper, `edm2`, which matters only in the first updates.)
     ema-pytorch 0.8.3.
 
-    Differs: its n counts all updates, so that with update_every above 1 the average is wider than
-    asked for, and with the default most of it is the first value.
+    Differs: KarrasEMA's n counts all updates. So with update_every above 1 its average is wider
+    than asked for, and with the default most of it is the first value.
 
     Args:
         sigma_rel: The relative width, above 0 and at most 1/sqrt(12).
@@ -208,8 +208,8 @@ def ema_pytorch_karras(
 def edm2(std: float) -> Decay:
     """Average as EDM2's `PowerFunctionEMA`, one of its stds: `((t - 1) / t)**(gamma + 1)`.
 
-    gamma is `posthoc.gamma(std)`; for an exponent, `emaopt.power(gamma)`. The same for every batch
-    size that does not change. Formula of the paper, arXiv:2312.02696, equation 127.
+    gamma is `posthoc.gamma(std)`. To pass an exponent, use `emaopt.power(gamma)`. The decay is the
+    same for every constant batch size. Formula of the paper, arXiv:2312.02696, equation 127.
 
     Example:
         >>> [round(float(edm2(12**-0.5)(t)), 4) for t in (1, 2, 3)]
@@ -222,15 +222,16 @@ def edm2(std: float) -> Decay:
 
 
 def edm2_traditional(
-    halflife_Mimg: float = math.inf,  # noqa: N803
+    halflife_Mimg: float = math.inf,
     rampup_ratio: float | None = 0.09,
     *,
     batch_size: int,
 ) -> Decay:
-    """Average as EDM2's `TraditionalEMA`: a half-life in millions of images that begins short.
+    """Average as EDM2's `TraditionalEMA`: a half-life in millions of images that starts short.
 
-    `0.5**(1 / h)`, h the smaller of halflife_Mimg, in updates, and of `rampup_ratio * t`. Formula
-    of the paper, arXiv:2312.02696, and of Karras et al., arXiv:2206.00364.
+    `0.5**(1 / h)`, where h is the smaller of halflife_Mimg, converted to updates, and
+    `rampup_ratio * t`. Formula of the paper, arXiv:2312.02696, and of Karras et al.,
+    arXiv:2206.00364.
 
     Args:
         halflife_Mimg: The half-life in millions of images, above 0; infinite with the ramp alone.

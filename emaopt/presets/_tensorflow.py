@@ -1,4 +1,4 @@
-"""The averages of TensorFlow and Keras, as decays."""
+"""Average as TensorFlow and Keras do."""
 
 from emaopt._average.decay import Decay, as_decay
 from emaopt._average.decays import after, debiased, power, warmup
@@ -11,12 +11,12 @@ def tf1(decay: float, num_updates: bool = False, zero_debias: bool = False) -> D
 
     TensorFlow 1.15.5.
 
-    Differs: TF1 takes both options together, and then divides by `1 - d**t` with only the newest d.
+    Differs: TF1 accepts both options together, and divides by `1 - d**t` with the newest d alone.
 
     Args:
         decay: The decay, from 0 to 1.
-        num_updates: Whether the ramp `min(decay, (1 + t) / (10 + t))` is used. In TF1 it is a
-            variable; here, whether there is one. It counts the updates with this one.
+        num_updates: Whether TF1 was given num_updates, so that the decay is
+            `min(decay, (1 + t) / (10 + t))`. t counts the updates with this one.
         zero_debias: Whether the average forgets that it started at zero:
             `(decay - decay**t) / (1 - decay**t)`. TF1 has it for tensors only.
 
@@ -47,12 +47,12 @@ def tfa(average_decay: float = 0.99, start_step: int = 0, dynamic_decay: bool = 
 
     TensorFlow Addons 0.23.0.
 
-    Differs: it reads num_updates once, in its constructor; `tf1(decay, num_updates=True)` has a
-    count that moves.
+    Differs: TensorFlow Addons reads num_updates once, in the constructor. For a count that moves
+    use `tf1(decay, num_updates=True)`.
 
     Args:
         average_decay: The decay, from 0 to 1.
-        start_step: The average copies the parameters for so many updates.
+        start_step: The average copies the parameters for this many updates.
         dynamic_decay: Whether the decay is `min(average_decay, (1 + n) / (10 + n))` of n = 0, 1,
             ..., the updates before this one since start_step. It begins with 1/10, where TF1
             begins with 2/11.
@@ -75,7 +75,8 @@ def tfa_swa(start_averaging: int = 0, average_period: int = 10) -> Decay:
 
     The first snapshot is taken at t = start_averaging + 1. TensorFlow Addons 0.23.0.
 
-    Differs: before the first snapshot, its average is zero; here, a copy of the parameters.
+    Differs: before the first snapshot, the average of TensorFlow Addons is zero. Here it is a copy
+    of the parameters.
 
     Example:
         >>> [round(float(tfa_swa(1, 2)(t)), 4) for t in (1, 2, 3, 4, 5, 6)]

@@ -1,4 +1,4 @@
-"""The averages of training libraries and callbacks for PyTorch, as decays."""
+"""Average as training libraries and callbacks for PyTorch do."""
 
 import math
 
@@ -18,14 +18,14 @@ def lightning(
 ) -> Decay:
     """Average as Lightning's `EMAWeightAveraging`.
 
-    It takes a value at t = 1, 1 + update_every_n_steps, ...: a copy, then `decay`. The decay is of
-    the values taken, so the average gets longer with update_every_n_steps; `emaopt.every` keeps the
-    length. The default of its base class `WeightAveraging` is `torch_swa`. Lightning 2.6.6.
+    It takes a value at t = 1, 1 + update_every_n_steps, ...: a copy, then `decay`. The decay is per
+    value taken, so the average gets longer with update_every_n_steps; `emaopt.every` keeps the
+    length. For the default of its base class `WeightAveraging` use `torch_swa`. Lightning 2.6.6.
 
     Args:
         decay: The decay, from 0 to 1.
         update_every_n_steps: How often a value is taken, a whole number from 1 on.
-        update_starting_at_step: Before t is above it, the average is the initial parameters.
+        update_starting_at_step: Up to this t the average is the initial parameters.
 
     Returns:
         A decay.
@@ -88,8 +88,8 @@ def composer(
 def nemo(decay: float, every_n_steps: int = 1) -> Decay:
     """Average as NeMo's callback `EMA`.
 
-    It takes a value at t = 1, 1 + every_n_steps, ... The decay is of the values taken, so the
-    average gets longer with every_n_steps; `emaopt.every` keeps the length. NeMo 3.0.0.
+    It takes a value at t = 1, 1 + every_n_steps, ... The decay is per value taken, so the average
+    gets longer with every_n_steps; `emaopt.every` keeps the length. NeMo 3.0.0.
 
     Example:
         >>> [round(float(nemo(0.9, 2)(t)), 4) for t in (1, 2, 3, 4)]
@@ -120,7 +120,7 @@ def mmengine(
         begin_iter: When the average starts, a whole number from 0 on.
         momentum: The rate, from 0 to 1.
         interval: How often a value is taken, a whole number from 1 on.
-        gamma: Of "MomentumAnnealingEMA", above 0.
+        gamma: The constant of "MomentumAnnealingEMA", above 0.
 
     Returns:
         A decay.
@@ -167,8 +167,8 @@ def torchtitan(
     Args:
         decay: A constant decay in place of the formula, from 0 to 1.
         half_life_fraction: The half-life as a share of the values taken so far, above 0.
-        start_step: Before t is above it, the average is the initial parameters.
-        step_bias: Is added to n, a whole number from 0 on.
+        start_step: Up to this t the average is the initial parameters.
+        step_bias: The number that is added to n, a whole number from 0 on.
         update_every_n_steps: How often a value is taken, a whole number from 1 on.
 
     Returns:
@@ -208,17 +208,17 @@ def bema(
     """Average as BEMA does before it corrects the bias, in TRL's `BEMACallback`.
 
     It takes a value every update_freq updates from update_after on, with the rate
-    `(lag + multiplier * t)**-ema_power`. The paper takes each value: update_freq=1. Block and
-    Zhang, arXiv:2508.00180. TRL 1.16.0.
+    `(lag + multiplier * t)**-ema_power`. For the paper's average, which takes every value, pass
+    update_freq=1. Block and Zhang, arXiv:2508.00180. TRL 1.16.0.
 
     BEMA evaluates `average + alpha * (params - start)`, with
-    `alpha = (lag + multiplier * t)**-bias_power` and the parameters after update_after for start.
-    The start is an average too, `ema(after(update_after, 1.0))`: see docs/peers.md.
+    `alpha = (lag + multiplier * t)**-bias_power`. `start` are the parameters after update_after,
+    which a second average keeps, `ema(after(update_after, 1.0))`: see docs/peers.md.
 
     Args:
         update_freq: How often a value is taken, a whole number from 1 on.
         ema_power: The exponent of the rate, from 0 on.
-        lag: Is added to t, a whole number from 1 on.
+        lag: The number that is added to t, a whole number from 1 on.
         update_after: The average copies the parameters at this t. Before, it is the initial ones.
         multiplier: Above 0.
         min_ema_multiplier: The least rate, from 0 to 1.
@@ -251,7 +251,7 @@ def bema(
 
 
 def _waiting(start: int, decay: Decay) -> Decay:
-    """Return a decay that leaves the average as it is for `start` updates; then `decay`, from 1."""
+    """Return a decay that changes nothing for `start` updates. Then `decay` starts at t = 1."""
 
     def rate(t):
         return jnp.where(t <= start, 0, decay.rate(jnp.maximum(t - start, 1)))
@@ -264,7 +264,10 @@ def _waiting(start: int, decay: Decay) -> Decay:
 
 
 def _on_multiples(first: int, interval: int, kept: float) -> Decay:
-    """Return a copy at own t = 1, when the updates are `first`; then `kept` at their multiples."""
+    """Return a decay that copies at t = 1, and then is `kept` at multiples of `interval`.
+
+    `first`: the number of the update at t = 1.
+    """
     log = half_life(-math.log(2) / math.log(kept)) if 0 < kept < 1 else after(0, kept)
 
     def over(t, n):

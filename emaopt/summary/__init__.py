@@ -126,7 +126,7 @@ def _is_optimizer(node: Any) -> bool:
 
 
 def _of_averages(params: Tree, opt_state: Tree, decay: Any) -> dict[str, Any]:
-    """Compute what there is to know of each average."""
+    """Compute the scalars of each average: distance, decay, and those of its ledger."""
     known = averages(opt_state)
     of_each = dict(decay) if isinstance(decay, Mapping) else dict.fromkeys(known, decay)
     for name in of_each:

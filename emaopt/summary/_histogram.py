@@ -10,7 +10,7 @@ BINS = 50
 
 
 class Histogram(NamedTuple):
-    """A histogram of the finite elements of an array.
+    """Hold a histogram of the finite elements of an array.
 
     `least`, `most`: the range, float32 []. `number`: how many elements are finite, int32 [].
     `total`, `squares`: their sum and the sum of their squares, float32 []. `limits`: the upper end

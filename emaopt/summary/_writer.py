@@ -1,4 +1,4 @@
-"""Write event files with tensorboardX. What is on the device is fetched in one transfer."""
+"""Write event files with tensorboardX. Arrays on the device are fetched in one transfer."""
 
 import importlib
 import time
@@ -51,7 +51,7 @@ def writer(directory: Any, *, purge_step: int | None = None) -> "Writer":
 class Writer:
     """Write what TensorBoard shows. As a context manager it closes the file at the end.
 
-    Every method fetches what it writes in one transfer. Nothing else waits for the device.
+    Every method fetches its arrays in one transfer. Nothing else waits for the device.
     """
 
     def __init__(self, file: Any):

@@ -1,11 +1,10 @@
-"""TensorFlow 1's checkpoints: go on with a TF1 run in JAX, and hand it back.
+"""Read and write TensorFlow 1's checkpoints: go on with a TF1 run in JAX, and hand it back.
 
 A state of emaopt is exactly TF1's variables. So a checkpoint is read and written by name, leaf by
-leaf. `emaopt.names` returns the name of each leaf, and the argument `rename` leads from there to
-other names.
+leaf. `emaopt.names` returns the name of each leaf, and the argument `rename` maps it to another.
 
-No value is changed here. What does not fit is listed, all of it in one error, before anything is
-read into a tree or written to disk.
+No value is changed here. One error lists everything that does not fit, before anything is read into
+a tree or written to disk.
 """
 
 import difflib
@@ -36,7 +35,7 @@ from ._rename import (
 
 
 class Variable(NamedTuple):
-    """A variable of a checkpoint.
+    """Describe a variable of a checkpoint.
 
     `name`, `shape`, `dtype`: as TF1 has them. `role`: what it is, such as `slot m of w`.
     `becomes`: the leaf that it would become here, such as `opt_state: slots/m/w`.
@@ -64,9 +63,9 @@ def load(
     Every leaf must be in the checkpoint, and every variable of the checkpoint must be a leaf;
     `load_partial` loads what fits.
 
-    Several optimizers in one graph: TF1 numbers their powers (`beta1_power_1`) in the order in
-    which they were made, `emaopt.names(opt_state)` by their place in the state. Where the two
-    differ, pass a dict as `rename`.
+    With several optimizers in one graph, TF1 numbers their powers (`beta1_power_1`) in the order in
+    which they were made. `emaopt.names(opt_state)` numbers them by their place in the state. Where
+    the two differ, pass a dict as `rename`.
 
     Args:
         path: A prefix, such as `run/model.ckpt-20`, or a directory, which means its newest
@@ -124,7 +123,7 @@ def load_partial(
     """Load what fits of a TF1 checkpoint, and keep the rest: a new head, optimizer or average.
 
     A leaf that is not in the checkpoint, or has another shape or dtype there, stays as passed. An
-    average that is not there starts as the parameters that were loaded. TF1's
+    average that is not there starts as a copy of the loaded parameters. TF1's
     `init_from_checkpoint` and `warm_start`.
 
     Args:
@@ -193,9 +192,9 @@ def save(
 ) -> None:
     """Write a TF1 checkpoint, to hand a run back: `Saver.restore` takes it.
 
-    A slot or an average has the dtype of its variable, as in TF1, if that loses no bit, and its own
-    otherwise. To hand half-precision training back, round the state first. Leaves of other
-    transformations are written too, under their key paths; TF1 does not look at them.
+    A slot or an average is written in the dtype of its variable, as in TF1, if that loses no bit,
+    and otherwise in its own. To hand half-precision training back, round the state first. Leaves of
+    other transformations are written too, under their key paths; TF1 ignores them.
 
     Args:
         path: A prefix, such as `run/model.ckpt-20`. The file `checkpoint` beside it then names it
@@ -255,7 +254,7 @@ def _compare(
     swapped: bool,
     name: str | None,
 ) -> tuple[list[Leaf], dict[str, str]]:
-    """Find the leaves, and say why a variable is missing, differs or is not used."""
+    """Return the leaves, and the reason why a variable is missing, differs or is not used."""
     leaves, problems = leaves_in_tf1(params, opt_state, naming, swapped, name)
     _refuse(f"checkpoint {checkpoint.prefix}: nothing was loaded", problems)
     unused = sorted(checkpoint.stored.keys() - {leaf.name for leaf in leaves})

@@ -21,7 +21,7 @@ _PATTERN = r"[*?\[\\]"  # TensorFlow takes these characters of a path for a patt
 
 
 class Checkpoint:
-    """A checkpoint on disk.
+    """Read a checkpoint on disk.
 
     `prefix`: where it is. `stored`: the shape and the dtype of every variable, by name.
     """

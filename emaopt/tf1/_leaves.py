@@ -1,4 +1,4 @@
-"""The leaves of parameters and state, each with its variable in TF1."""
+"""Match the leaves of parameters and state with the variables of TF1."""
 
 import math
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ PARAMETER = "parameter"
 
 
 class Leaf(NamedTuple):
-    """A leaf here, and its variable in TF1.
+    """Describe a leaf here, and its variable in TF1.
 
     `own`: its name here. `value`: its array or number. `kind`: `PARAMETER`, the name of an
     optimizer of TF1 for a slot, `AVERAGE`, or an empty string. `of`: TF1's name of the parameter

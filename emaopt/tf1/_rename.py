@@ -1,4 +1,4 @@
-"""TF1's names of the leaves here: the ready rules, and what `rename` and `average_name` mean."""
+"""Find TF1's names of the leaves: ready rules, and the arguments `rename` and `average_name`."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

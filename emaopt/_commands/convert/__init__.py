@@ -1,4 +1,4 @@
-"""`emaopt convert`: write a checkpoint of TF1 as one of Orbax, or back, a part at a time.
+"""Run `emaopt convert`: write a checkpoint of TF1 as one of Orbax, or back, a part at a time.
 
 From TF1, by name alone, so that the optimizer need not be known:
 
@@ -7,8 +7,9 @@ From TF1, by name alone, so that the optimizer need not be known:
     tf1/shadow  the averages, nested like the variables; `restore_averages` finds them here
     tf1/other   everything else under its own name: slots, powers, and what cannot be nested
 
-Back from there, names, shapes, dtypes and bits are those that TF1 wrote. Any other checkpoint of
-Orbax becomes what `emaopt.tf1.save` writes. An average that was swapped is an average again.
+Converted back, it has the names, shapes, dtypes and bits that TF1 wrote. Any other checkpoint of
+Orbax is converted to what `emaopt.tf1.save` writes. A checkpoint that was saved swapped is read as
+if it had not been.
 """
 
 import re

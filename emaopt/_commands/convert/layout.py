@@ -24,7 +24,7 @@ ITEM, OTHER = "tf1", "other"  # the item, and the dict in it, of what Orbax has 
 
 
 class Form(NamedTuple):
-    """What the checkpoint of TF1 is like, and what is wanted.
+    """Describe the form of the checkpoint of TF1, and what to convert.
 
     `averages`: only the averages. `swapped`: TF1's `swapping_saver` wrote it, or reads it.
     `average_name`: as in `emaopt.tf1.load`.
@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """The leaf that a variable of TF1 is written from, and its dtype if that loses no bit.
+    """Hold the leaf that a variable of TF1 is written from, and its dtype if that loses no bit.
 
     `residue`: a leaf that is added to it, what `compensated` keeps beside an average.
     """
