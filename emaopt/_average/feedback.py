@@ -135,7 +135,7 @@ def _is_due(n: int, before: Tree, state: Tree) -> tuple[jax.Array, jax.Array]:
 
 
 class PrimalState(NamedTuple):
-    """The state of `primal`. `base`: of the optimizer. `average`: of the average, which holds x.
+    """Hold the state of `primal`. `base`: of the optimizer. `average`: of the average, which is x.
 
     `z`: where the optimizer stands, float32, at leaves whose parameters are narrower than float32;
     `None` at other leaves, where z follows from the parameters and the average.

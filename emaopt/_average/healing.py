@@ -1,4 +1,4 @@
-"""An average that one bad value cannot poison.
+"""Keep NaN and infinity out of an average.
 
 NaN and infinity never leave an average by themselves: `shadow -= (shadow - nan) * rate` is NaN from
 then on. `optax.apply_if_finite` around the chain keeps bad gradients out. `heal` around the average
@@ -21,7 +21,7 @@ from .lazy import settled
 
 
 class HealState(NamedTuple):
-    """The state of `heal`. `healed`: int32 [] for each leaf, how often it was started again.
+    """Hold the state of `heal`. `healed`: int32 [] for each leaf, how often it was started again.
 
     `state` is the state of the wrapped average.
     """
@@ -31,7 +31,7 @@ class HealState(NamedTuple):
 
 
 class _Finite(NamedTuple):
-    """Whether all elements of a leaf are finite, bool []: in the shadow, and in the new value."""
+    """Record whether all elements of a leaf are finite, bool []: in shadow and new value."""
 
     shadow: Any
     value: Any

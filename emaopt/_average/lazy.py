@@ -1,4 +1,4 @@
-"""The average of the rows of a table, brought up to date when a row is touched.
+"""Average the rows of a table, and bring a row up to date when a batch looks it up.
 
 TF1's average moves every row at every step. A row that no batch touches keeps its value, so that
 its average only comes nearer to this value: each update multiplies the distance by `1 - rate`, and
@@ -27,7 +27,7 @@ Mask = Tree | Callable[[Tree], Tree]
 
 
 class Rested(NamedTuple):
-    """How long the rows of the tables have rested. Times are float32 [3], or float64 of float64.
+    """Record how long the rows of tables have rested. Times are float32 [3], or float64.
 
     `now`: the sum of `log(1 - rate)` over the updates so far, what rounding took from it, and how
     often it began again because an update copied (rate 1, logarithm minus infinity). `then`: like

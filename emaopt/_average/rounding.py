@@ -1,4 +1,4 @@
-"""How one leaf of an average is stored and rounded.
+"""Store and round one leaf of an average.
 
 A small increment is added to the same number again and again. Rounded to nearest, an increment
 below half a unit in the last place is lost each time: a float32 average of decay 0.9999 never
@@ -19,7 +19,7 @@ from emaopt._tree.numbers import wide
 
 
 class Stored(NamedTuple):
-    """One leaf of an average: the shadow, and the residue that rounding took from it."""
+    """Hold one leaf of an average: the shadow, and the residue that rounding took from it."""
 
     shadow: Any  # None if the leaf is absent
     residue: Any = None
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The source of the random bits of a leaf: the number of the update and of the leaf."""
+    """Name the source of the random bits of a leaf: the number of the update and of the leaf."""
 
     step: jax.Array
     leaf: int
@@ -51,7 +51,7 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """How the leaves of an average are stored: what `compensated()` and `stochastic()` return.
+    """Choose how an average is stored: `compensated()` and `stochastic()` return one of these.
 
     Pass it as `accumulator_dtype`. A plain dtype there means rounding to nearest. `dtype` is the
     dtype of the shadow; None means the dtype of the values or float32, whichever is wider.
@@ -97,7 +97,7 @@ class Rounding:
 
 @dataclasses.dataclass(frozen=True)
 class Nearest(Rounding):
-    """Each update is rounded to the nearest number of the dtype."""
+    """Round each update to the nearest number of the dtype."""
 
     def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
         """Return the leaf after an increment, rounded to nearest."""
@@ -108,7 +108,7 @@ class Nearest(Rounding):
 
 @dataclasses.dataclass(frozen=True)
 class Compensated(Rounding):
-    """What rounding takes is kept in a residue and added at the next update."""
+    """Keep what rounding takes in a residue, and add it at the next update."""
 
     has_residue: ClassVar[bool] = True
 
@@ -135,7 +135,7 @@ class Compensated(Rounding):
 
 @dataclasses.dataclass(frozen=True)
 class Stochastic(Rounding):
-    """Each update is rounded up or down by chance, which is right on average."""
+    """Round each update up or down by chance, which is right on average."""
 
     def add(self, before: Stored, increment: jax.Array, draw: Draw) -> Stored:
         """Return the leaf after an increment, rounded up or down by chance."""

@@ -1,4 +1,4 @@
-"""`emaopt ls`: list the leaves of a checkpoint of TF1, Orbax or safetensors. No value is read.
+"""Run `emaopt ls`: list the leaves of a checkpoint of TF1, Orbax or safetensors. No value is read.
 
 Every leaf has a role: a variable, the average of one, a slot of one (`slot m of w`), a power, the
 global step. In a checkpoint that `emaopt.checkpoint.save` wrote, `params` holds the averages and

@@ -1,1 +1,1 @@
-"""Leaves, names, numbers, devices and checks: what every wing stands on."""
+"""Handle leaves, names, dtypes, devices and checks, for every other folder."""

@@ -1,4 +1,4 @@
-"""Sparse gradients: the few rows of an embedding table that a batch looks up, as a small tree.
+"""Train sparsely: only the few rows of an embedding table that a batch looks up.
 
 TF1 has `IndexedSlices` for this. Here it is a view: `rows` lists the ids of a batch once each,
 `take` copies these rows out of the parameters and the optimizer state, an ordinary step trains the
@@ -30,7 +30,7 @@ _TINY = 2.0**-100
 
 
 class Rows(NamedTuple):
-    """The rows that a batch needs of one table.
+    """Hold the ids of the rows that a batch needs of one table.
 
     `ids`: int32 [size], the distinct ids, ascending; unused places at the end hold 2**31 - 1.
     `positions`: int32, shaped like the ids that `rows` was given: where each id stands in `ids`,

@@ -20,7 +20,6 @@ Every case sees the same parameters, `values()`: row 0 at the start, row t after
 has the average after each update, as the base64 of an array [updates, 2], little-endian.
 """
 # ruff: noqa: B905, RUF007 (Python 3.7)
-# ruff: noqa: N803 (EDM2's name)
 
 import base64
 import copy
