@@ -21,10 +21,11 @@ from emaopt._tree.paths import KeyPath, printable
 from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._run import locate
+from emaopt.checkpoint._safetensors import tensor_value, tensors
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast
 
-from . import paths, safetensors
+from . import paths
 from .convert.layout import Form, in_tf1, with_residue
 from .paths import Path
 from .progress import watched
@@ -154,9 +155,9 @@ def _of_tf1(path: Path) -> Side:
 
 
 def _of_safetensors(path: Path) -> Side:
-    found = safetensors.tensors(path)
+    found = tensors(path)
     sizes = {name: size(tensor.shape, tensor.dtype) for name, tensor in found.items()}
-    return Side(sizes, lambda names: {n: safetensors.value(path, found[n]) for n in names})
+    return Side(sizes, lambda names: {n: tensor_value(path, found[n]) for n in names})
 
 
 def _as_stored(path: Path) -> Side:

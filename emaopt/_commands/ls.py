@@ -15,10 +15,11 @@ from emaopt._tree.numbers import dtype_of
 from emaopt._tree.paths import printable
 from emaopt.checkpoint._leaf import shape, size
 from emaopt.checkpoint._run import locate
+from emaopt.checkpoint._safetensors import tensors
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1 import inspect
 
-from . import paths, safetensors
+from . import paths
 from .convert.layout import ITEM, OTHER
 
 
@@ -74,7 +75,7 @@ def rows_of_tf1(path: paths.Path) -> list[Row]:
 
 def rows_of_safetensors(path: paths.Path) -> list[Row]:
     """Return the tensors of a `.safetensors` file, by name."""
-    found = safetensors.tensors(path)
+    found = tensors(path)
     return [
         Row(name, x.shape, str(x.dtype), role(name, found)[0], size(x.shape, x.dtype))
         for name, x in found.items()

@@ -122,3 +122,34 @@ def _mix(h: jax.Array) -> jax.Array:
     h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return h ^ (h >> np.uint32(16))
+
+
+def digest_of_block(block: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:
+    """Return what a block adds to the digest of its array, modulo 2**32.
+
+    Args:
+        block: a part of the array, on the host.
+        start: the position of its first element.
+        shape: that of the whole array.
+    """
+    strides = np.ones(len(shape), np.uint64)
+    for axis in range(len(shape) - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * np.uint64(shape[axis])
+    first = int(np.asarray(start, np.uint64) @ strides) if len(shape) else 0
+    of_axes = tuple(strides.astype(np.uint32))
+    return int(_digest_at(_hashable(block), np.uint32(first % 2**32), of_axes))
+
+
+@jax.jit
+def _digest_at(x: jax.Array, first: jax.Array, strides: tuple[jax.Array, ...]) -> jax.Array:
+    """The digest of words that are not all next to each other."""
+    words = _words(x)
+    own = words.shape[len(strides) :]  # of an element: two words of 64 bits, or of complex numbers
+    position = jnp.full(words.shape, first, jnp.uint32)
+    for axis, stride in enumerate(strides):
+        step = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position = position + step * stride
+    for axis, size in enumerate(own, len(strides)):
+        step = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position = position * np.uint32(size) + step
+    return jnp.sum(_mix(words + position * np.uint32(0x9E3779B9)), dtype=jnp.uint32)

@@ -139,6 +139,15 @@ class Item:
                 values[path] = value.item() if is_number else value
         return {path: values[path] for path in targets}
 
+    def open(self, path: KeyPath) -> ts.TensorStore:
+        """Open the array of a leaf, of which parts can be read.
+
+        Raises:
+            LeafError: it cannot be opened; the error says which leaf it is.
+        """
+        with _naming(path):
+            return ts.open(self._spec(path), open=True, context=self._context).result()
+
     def key_impl(self, path: KeyPath) -> str | None:
         """Return the kind of random key that a leaf was saved as, `None` if it was none."""
         for file in (self.directory / "array_metadatas").glob("process_*"):

@@ -46,14 +46,14 @@ FLOORS = {
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
-    "checkpoint": "_errors _leaf _digest _place _run _trees | _contents _item | _stored _items"
-    " | _partial _export _watch | _resume | __init__",
+    "checkpoint": "_errors _leaf _digest _place _run _safetensors _trees | _contents _item"
+    " | _stored _items | _partial _export _watch | _resume | __init__",
     "presets": "_common | _tensorflow _pytorch _trainers _jax | __init__",
     "posthoc": "_falls _fit _sum | __init__",
     "tf1": "_rename | _files _leaves | __init__",
     "summary": "_graph _histogram | _writer | __init__",
     "merge": "_ledgers | __init__",
-    "_commands": "running paths progress safetensors digits demo | convert | ls diff merge",
+    "_commands": "running paths progress digits demo | convert | ls diff merge",
 }
 # jax loads etils itself
 HEAVY = set.union(*(packages for _, packages in ROOMS.values())) - LIGHT - {"etils"}

@@ -71,8 +71,17 @@ def _header(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def value(path: Path, tensor: Tensor) -> np.ndarray:
+def tensor_value(path: Path, tensor: Tensor) -> np.ndarray:
     """Read the value of a tensor."""
     count = int(np.prod(tensor.shape, dtype=object))
     flat = np.fromfile(os.fspath(path), tensor.dtype, count, offset=tensor.start)
     return flat.reshape(tensor.shape)
+
+
+def tensor_part(path: Path, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+    """Read a part of a tensor, and nothing else of it."""
+    if not tensor.shape:  # a map of no axes cannot be cut
+        return tensor_value(path, tensor)
+    return np.array(
+        np.memmap(os.fspath(path), tensor.dtype, "r", tensor.start, tensor.shape)[index]
+    )

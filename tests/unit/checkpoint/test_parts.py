@@ -1,0 +1,41 @@
+"""Parts of arrays: their digests, and what is read of a file."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils.epath import Path
+from orbax.checkpoint import v1 as ocp
+from safetensors.flax import save_file
+
+from emaopt.checkpoint._digest import digest_of_block, digests
+from emaopt.checkpoint._item import Item, LeafError
+from emaopt.checkpoint._safetensors import tensor_part, tensors
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64", "bool"])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5)])
+def test_digests_of_blocks_add_up_to_that_of_the_array(dtype, shape):
+    array = np.arange(np.prod(shape)).reshape(shape).astype(jnp.dtype(dtype))
+    cuts = [(0, 2), (2, shape[-1])] if shape else []
+    parts = [(array[..., a:b], [*[0] * (len(shape) - 1), a]) for a, b in cuts] or [(array, [])]
+    total = sum(digest_of_block(part, start, shape) for part, start in parts)
+    assert total % 2**32 == int(np.asarray(digests([array]))[0])
+
+
+def test_a_part_of_a_tensor_is_read(tmp_path):
+    values = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.bfloat16(3)}
+    save_file(values, tmp_path / "x.safetensors")
+    path = Path(tmp_path / "x.safetensors")
+    found = tensors(path)
+    np.testing.assert_array_equal(
+        tensor_part(path, found["a"], (slice(1, 3), slice(2, 4))), [[6, 7], [10, 11]]
+    )
+    assert tensor_part(path, found["b"], ()) == 3
+
+
+def test_an_array_is_opened_by_its_path(tmp_path):
+    ocp.save(tmp_path / "1", {"w": np.arange(6.0)}, checkpointable_name="params")
+    item = Item(Path(tmp_path / "1" / "params"))
+    assert item.open(("w",))[2:4].read().result().tolist() == [2.0, 3.0]
+    with pytest.raises(LeafError, match=r"^v$"):
+        item.open(("v",))
