@@ -1,7 +1,10 @@
-"""TensorBoard's event files, read without TensorBoard."""
+"""Read TensorBoard's event files without TensorBoard.
 
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.graph_pb2 import GraphDef
+tensorboardX is imported when a function is called: pytest imports every helper to look for
+doctests, also where the extra is not installed.
+"""
+
+from importlib import import_module
 
 
 def events(directory):
@@ -9,11 +12,12 @@ def events(directory):
 
     A file is frames of a length in 8 bytes, a checksum in 4, the event, and a checksum in 4.
     """
+    event = import_module("tensorboardX.proto.event_pb2").Event
     for file in sorted(directory.glob("*tfevents*")):
         data, at = file.read_bytes(), 0
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "little")
-            yield Event.FromString(data[at + 12 : at + 12 + size])
+            yield event.FromString(data[at + 12 : at + 12 + size])
             at += size + 16
 
 
@@ -29,9 +33,10 @@ def values(directory):
 
 def graph(directory):
     """The nodes of the only graph by name; each one stands after those that it comes from."""
+    graph_def = import_module("tensorboardX.proto.graph_pb2").GraphDef
     (found,) = [event.graph_def for event in events(directory) if event.graph_def]
     nodes = {}
-    for node in GraphDef.FromString(found).node:
+    for node in graph_def.FromString(found).node:
         assert node.name not in nodes
         assert {source.split(":")[0] for source in node.input} <= nodes.keys()
         nodes[node.name] = node
