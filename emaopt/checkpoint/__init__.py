@@ -17,15 +17,17 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._tree.checks import written_names
 from emaopt._tree.paths import Params, Tree
 
-from ._errors import DamagedError as DamagedError, MismatchError as MismatchError, saving
+from ._errors import DamagedError as DamagedError, MismatchError as MismatchError
 from ._export import export_averages as export_averages
-from ._items import inventory, items_of, new_stamp, with_digests
+from ._items import items_of
 from ._partial import load_params
 from ._resume import resume as resume, resume_partial as resume_partial
-from ._run import check_checkpointer, locate
+from ._run import locate
+from ._snapshot import snapshot as snapshot
 from ._stored import Stored
 from ._trees import named_leaves
 from ._watch import watch as watch
+from ._write import check_target, write
 
 
 def save(
@@ -135,22 +137,11 @@ def _written(
     **orbax: Any,
 ) -> Any:
     """Check a training state, and have Orbax write it by one of its methods."""
-    check_checkpointer(checkpointer)
-    step = int(step)
-    if not overwrite and any(c.step == step for c in checkpointer.checkpoints):
-        raise ValueError(
-            f"step={step} is in {checkpointer.directory} already. Pass another step, or "
-            "overwrite=True."
-        )
+    step = check_target(checkpointer, step, overwrite)
     params, opt_state, rest = state
-    items = items_of(checkpointer, params, opt_state, name, rest)
-    stamp = new_stamp(step) if digest else None
-    if digest:
-        items = with_digests(items, stamp)
-    about = {**(custom_metadata or {}), **inventory(items, stamp)}
-    with saving(f"checkpoint {checkpointer.directory}, step {step},"):
-        write = getattr(checkpointer, method)
-        return write(step, items, overwrite=overwrite, custom_metadata=about, **orbax)
+    items = items_of(params, opt_state, name, rest)
+    given = {"digest": digest, "custom_metadata": custom_metadata, "overwrite": overwrite}
+    return write(checkpointer, method, step, items, **given, **orbax)
 
 
 def restore_params(path: Any, like: Params, *, step: int | None = None) -> Params:

@@ -26,6 +26,9 @@ from ._place import (
     THEN,
     Average,
     Place,
+    is_in,
+    leaves_of,
+    shared_start,
 )
 from ._trees import logical
 
@@ -55,7 +58,7 @@ class Contents:
         if not roots:
             named = [p[: i + 1] for p in self.index for i, key in enumerate(p) if key == "params"]
             return min(named, key=lambda path: (len(path), path), default=("",))
-        shared = _shared_start(roots)
+        shared = shared_start(roots)
         if shared[:1] == ("params",):
             return ("params",)
         # of several networks below `params`, one may be averaged; the others are parameters too
@@ -69,15 +72,26 @@ class Contents:
         return {
             path[start:]: at
             for path, at in self.index.items()
-            if _is_in(path, self.root)
+            if is_in(path, self.root)
             and path[0] != DIGESTS
-            and not any(_is_in(path, state) for state in self._states)
+            and not any(is_in(path, state) for state in self._states)
         }
 
     @cached_property
     def params(self) -> dict[KeyPath, KeyPath]:
         """The raw parameters by name: a swap is undone."""
         return self.stored_params | self._swapped
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether averages are stored, and no parameters."""
+        return bool(self.averages) and not self.stored_params
+
+    @cached_property
+    def evaluated(self) -> dict[KeyPath, KeyPath]:
+        """What can be evaluated, by name: the stored parameters, or what is averaged."""
+        averaged = {x: at for average in self.averages.values() for x, at in average.leaves.items()}
+        return self.stored_params or averaged
 
     def called(self, name: str | None) -> list[Average]:
         """Find the averages that a name means.
@@ -98,7 +112,7 @@ class Contents:
             )
         if name is None:
             return [average for average in found if average.swapped] or found
-        start = len(_shared_start(self.averages))
+        start = len(shared_start(self.averages))
         below = {node[start:]: node for node in self.averages}
         nodes = [below[path] for path in called(name, below)] or called(name, self.averages)
         if not nodes and name == "ema" and len(found) == 1:  # what an average alone is called
@@ -121,21 +135,18 @@ class Contents:
             Where each leaf is; those that are found nowhere are left out.
         """
         chosen = self.called(name)
+        if self.is_snapshot:
+            known = [(average, leaves_of(average, names)) for average in chosen]
+            held = {x: [(a, own[x]) for a, own in known if x in own] for x in names}
+            return {x: self.place(*_only(self, x, pairs)) for x, pairs in held.items() if pairs}
         root = self._root_of(names, chosen)
         places = {}
         for leaf in names:
             path = self._unwrapped((*root, *leaf))
             at, own = self.index.get(path), self._name(path)
-            holders = [average for average in chosen if own in average.leaves]
-            if len(holders) > 1:
-                raise MismatchError(
-                    f"name is missing: checkpoint {self.checkpoint} has several averages of "
-                    f"{'/'.join(leaf)!r}. Pass name=, what tells them apart in: "
-                    f"{', '.join('/'.join(average.at) for average in holders)}."
-                )
             param = at if own is None else self.params.get(own)
-            if holders and own is not None:
-                places[leaf] = self.place(holders[0], own)
+            if own is not None and (held := [(a, own) for a in chosen if own in a.leaves]):
+                places[leaf] = self.place(*_only(self, leaf, held))
             elif param is not None:
                 places[leaf] = Place(param, None, param)
         return places
@@ -152,7 +163,7 @@ class Contents:
         if path[0] == DIGESTS:
             return f"digests of {path[-1]}"
         for node, average in self.averages.items():
-            if not _is_in(path, node):
+            if not is_in(path, node):
                 continue
             field, *own = path[len(node) :]
             leaf = "/".join(self._named(node, tuple(own)))
@@ -213,7 +224,7 @@ class Contents:
     @cached_property
     def _states(self) -> set[KeyPath]:
         """The nodes that hold an optimizer's state, and so no parameters."""
-        return {node[: len(_shared_start([node, root])) + 1] for node, root in self._roots.items()}
+        return {node[: len(shared_start([node, root])) + 1] for node, root in self._roots.items()}
 
     @cached_property
     def _swapped(self) -> dict[KeyPath, KeyPath]:
@@ -244,7 +255,7 @@ class Contents:
         scalars = {
             "/".join(path[len(node) :]): at
             for path, at in self.index.items()
-            if _is_in(path, node)
+            if is_in(path, node)
             and (path[len(node)] in (STEP, LEDGER) or path[len(node) :] == (ROWS, NOW))
         }
         return Average(node, swapped, leaves, residues, scalars, rested)
@@ -259,7 +270,7 @@ class Contents:
     def _name(self, path: KeyPath) -> KeyPath | None:
         """The name of a parameter, by its path."""
         name = path[len(self.root) :]
-        return name if _is_in(path, self.root) and name in self.stored_params else None
+        return name if is_in(path, self.root) and name in self.stored_params else None
 
     def _candidates(self, names: Collection[KeyPath]) -> list[KeyPath]:
         """Find the nodes that hold most of these names, those far from every average first.
@@ -275,12 +286,12 @@ class Contents:
             if path[i:] in names
         )
         nodes = list(self._shadows)
-        outside = [root for root in held if not any(_is_in(root, node) for node in nodes)]
+        outside = [root for root in held if not any(is_in(root, node) for node in nodes)]
         most = max((held[root] for root in outside), default=0)
         return sorted((root for root in outside if held[root] == most), key=self._rank)
 
     def _rank(self, root: KeyPath) -> tuple:
-        near = max((len(_shared_start([root, node])) for node in self._shadows), default=0)
+        near = max((len(shared_start([root, node])) for node in self._shadows), default=0)
         return near, len(root), "params" not in root, root
 
     def _root_beside(self, node: KeyPath, names: set[KeyPath]) -> KeyPath:
@@ -318,15 +329,14 @@ class Contents:
         return parts[0]
 
 
-def _is_in(path: KeyPath, node: KeyPath) -> bool:
-    return path[: len(node)] == node
-
-
-def _shared_start(paths: Iterable[KeyPath]) -> KeyPath:
-    """The keys that all paths start with."""
-    keys = []
-    for column in zip(*paths, strict=False):
-        if len(set(column)) > 1:
-            break
-        keys.append(column[0])
-    return tuple(keys)
+def _only(
+    contents: Contents, leaf: KeyPath, held: list[tuple[Average, KeyPath]]
+) -> tuple[Average, KeyPath]:
+    """Return the one average of a leaf, and what it calls the leaf."""
+    if len(held) > 1:
+        raise MismatchError(
+            f"name is missing: checkpoint {contents.checkpoint} has several averages of "
+            f"{'/'.join(leaf)!r}. Pass name=, what tells them apart in: "
+            f"{', '.join('/'.join(average.at) for average, _ in held)}."
+        )
+    return held[0]

@@ -6,7 +6,7 @@ each device reads its own shard once and one scalar per leaf is added up. `mix` 
 a change of one word always changes the sum; any other goes unseen with a probability of 2**-32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -26,25 +26,35 @@ def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
     On the devices of the leaves; on the host if there are none, or not the same for all.
     """
     # one call per leaf: in one program for all, XLA on CPU keeps the mixed words of all at once
-    each = []
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, jax.Array):
-            each.append(_digest_in_parts(leaf))
-            continue
-        each.append(_digest(_hashable(leaf)))
-        # every sharded leaf is a collective; with some 80 of them in flight, XLA on CPU ends the
-        # process, because its few threads wait for each other
-        if i % COLLECTIVES_AT_ONCE == 0 and _is_on_several_cpus(leaf):
-            jax.block_until_ready(each[-1])
+    each = in_turn(_digest_of, leaves)
     places = {frozenset(x.sharding.device_set) for x in leaves if isinstance(x, jax.Array)}
     if len(places) == 1:
         return with_own_digest(each)
     return np.asarray(with_own_digest([np.asarray(digest) for digest in each]))
 
 
-def _is_on_several_cpus(leaf: jax.Array) -> bool:
-    devices = leaf.sharding.device_set
+def in_turn(reduce: Callable[..., Any], leaves: Iterable[Any], *arguments: Any) -> list[Any]:
+    """Return what a function makes of each leaf, which may be sharded.
+
+    A sum over a sharded leaf is a collective. With some 80 of them in flight, XLA on CPU ends the
+    process, because its few threads wait for each other. So every few of them are waited for.
+    """
+    results = []
+    for i, leaf in enumerate(leaves):
+        results.append(reduce(leaf, *arguments))
+        if i % COLLECTIVES_AT_ONCE == 0 and any(map(_is_on_several_cpus, jax.tree.leaves(leaf))):
+            jax.block_until_ready(results[-1])
+    return results
+
+
+def _is_on_several_cpus(leaf: Any) -> bool:
+    devices = leaf.sharding.device_set if isinstance(leaf, jax.Array) else ()
     return len(devices) > 1 and next(iter(devices)).platform == "cpu"
+
+
+def _digest_of(leaf: Any) -> Any:
+    """The digest of a leaf, which may be a number or a string."""
+    return _digest(_hashable(leaf)) if isinstance(leaf, jax.Array) else _digest_in_parts(leaf)
 
 
 def damaged(recorded: np.ndarray, size: int, leaves: dict[int, Any]) -> list[int] | None:

@@ -47,7 +47,7 @@ def export_averages(
         raise FileExistsError(f"destination={destination} exists. Remove it or pass another path.")
     if destination.suffix != ".safetensors":
         check_writable("destination", destination)
-    like = stored.params_like() if like is None else like
+    like = stored.params_like(name) if like is None else like
     if destination.suffix != ".safetensors":
         averaged = checked("params", stored.load_averages(like, name, False))
         items = with_digests({"params": averaged})

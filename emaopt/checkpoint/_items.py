@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from emaopt._average.ema import SwappedEmaState
 from emaopt._average.find import averages, swap
@@ -16,28 +15,17 @@ from emaopt._tree.paths import Tree
 from ._digest import digests
 from ._leaf import savable
 from ._place import DIGESTS, STAMP
-from ._run import check_writable
 from ._trees import leaves_by_path, plain, without_model
 
 
 def items_of(
-    checkpointer: ocp.training.Checkpointer,
-    params: Tree,
-    opt_state: Tree,
-    name: str | None,
-    rest: dict[str, Any],
+    params: Tree, opt_state: Tree, name: str | None, rest: dict[str, Any]
 ) -> dict[str, Tree]:
     """Return the items of a training state: averages in `params`, raw parameters in the shadow.
 
     Raises:
         ValueError: Orbax could not write the state, or not read it back. Nothing was written.
     """
-    if not checkpointer.directory.is_absolute() and "://" not in str(checkpointer.directory):
-        raise ValueError(
-            f"checkpointer writes to {str(checkpointer.directory)!r}, which is relative, and Orbax "
-            "cannot. Make it with an absolute path: os.path.abspath."
-        )
-    check_writable("checkpointer.directory", checkpointer.directory)
     if any(isinstance(state, SwappedEmaState) for state in averages(opt_state).values()):
         raise ValueError(
             "opt_state is swapped already: its averages are in params. Pass the state before "

@@ -36,6 +36,11 @@ def same_kind(a: Any, b: Any) -> bool:
     return _kind(a) == _kind(b)
 
 
+def are_floating(*leaves: Any) -> bool:
+    """Tell whether all leaves are arrays of floating-point numbers."""
+    return all(_is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
+
+
 def _on_disk(leaf: Any) -> Any:
     """Keys are stored as the integers that they are made of."""
     return jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf

@@ -70,6 +70,7 @@ def restore_part(
             "opt_state is swapped. Pass the state that training goes on with, such as "
             "tx.init(params)."
         )
+    refuse_snapshot(stored, "Pass the step or the run of a full checkpoint.")
     plan, named = Plan(stored), named_leaves(params)
     for name, leaf in named.items():
         plan.match(("params", *name), leaf, stored.contents.params.get(name))
@@ -102,6 +103,15 @@ def restore_part(
         filled(rest, extra),
         {"/".join(path): why for path, why in plan.skipped.items()},
     )
+
+
+def refuse_snapshot(stored: Stored, fix: str) -> None:
+    """Raise if a checkpoint holds averages and no parameters."""
+    if stored.contents.is_snapshot:
+        raise MismatchError(
+            f"checkpoint {stored.path} holds averages alone, as checkpoint.snapshot saves them, "
+            f"and no parameters. {fix}"
+        )
 
 
 def _averages_in(
@@ -247,6 +257,7 @@ def _say_what_is_left(plan: Plan) -> None:
 
 def load_params(stored: Stored, like: Tree) -> Tree:
     """Load the raw parameters, a swap undone: `restore_params`."""
+    refuse_snapshot(stored, "For the averages, call restore_averages.")
     named, raw = named_leaves(like), stored.contents.params
     for name, leaf in named.items():
         check_array("/".join(name), leaf, "like")

@@ -1,5 +1,7 @@
 """Where an average lies on disk, and its value from the parts that are stored of it."""
 
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -51,6 +53,31 @@ class Place(NamedTuple):
     then: KeyPath | None = None
 
 
+def leaves_of(average: Average, names: Collection[KeyPath]) -> dict[KeyPath, KeyPath]:
+    """Find which names of parameters are leaves of an average, if no parameters are stored.
+
+    The average of one of several networks, at `opt_state/gen/1`, holds the names below `gen`. A box
+    around one array, such as a haliax array, is no level of a name.
+
+    Args:
+        average: the average.
+        names: names of parameters.
+
+    Returns:
+        By the name of a parameter, what the average calls it.
+    """
+    alone = Counter(own[:-1] for own in average.leaves)
+    known = {own[:-1]: own for own in average.leaves if alone[own[:-1]] == 1}
+    known |= {own: own for own in average.leaves}
+    best: dict[KeyPath, KeyPath] = {}
+    for i in range(len(average.at)):
+        network = average.at[1 : 1 + i]
+        below = [name for name in names if name[:i] == network]
+        found = {name: known[name[i:]] for name in below if name[i:] in known}
+        best = found if len(found) > len(best) else best
+    return best
+
+
 def evaluated(place: Place, values: dict[KeyPath, Any]) -> Any:
     """Return an average as `emaopt.average` evaluates it: its residue added, its rows up to date.
 
@@ -71,3 +98,26 @@ def evaluated(place: Place, values: dict[KeyPath, Any]) -> Any:
         return value
     dtype = wide(value.dtype)
     return value.astype(dtype) + residue.astype(dtype)
+
+
+def is_in(path: KeyPath, node: KeyPath) -> bool:
+    """Tell whether a leaf is in a node."""
+    return path[: len(node)] == node
+
+
+def shared_start(paths: Iterable[KeyPath]) -> KeyPath:
+    """Return the keys that all paths start with."""
+    keys = []
+    for column in zip(*paths, strict=False):
+        if len(set(column)) > 1:
+            break
+        keys.append(column[0])
+    return tuple(keys)
+
+
+def by_item(paths: Iterable[KeyPath]) -> dict[str, list[KeyPath]]:
+    """Return the paths inside each item."""
+    found: dict[str, list[KeyPath]] = {}
+    for path in paths:
+        found.setdefault(path[0], []).append(path[1:])
+    return found

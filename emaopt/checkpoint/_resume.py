@@ -9,7 +9,7 @@ from emaopt._average.find import average_paths, averages, swap
 from emaopt._tree.paths import KeyPath, Params, State, Tree
 
 from ._errors import MismatchError
-from ._partial import restore_part
+from ._partial import refuse_snapshot, restore_part
 from ._place import SWAPPED
 from ._run import check_checkpointer, is_finished, pick
 from ._stored import Stored
@@ -47,6 +47,8 @@ def resume(
         FileNotFoundError: there is no such step.
     """
     stored = _newest(checkpointer, step)
+    if "params" not in stored.items:
+        refuse_snapshot(stored, "Pass the step or the run of a full checkpoint.")
     markers = {path for path in stored.items.get("opt_state", ()) if path[-1] == SWAPPED}
     state = without_model(params, opt_state)
     names, like = _as_saved(params, state, markers, stored.path)

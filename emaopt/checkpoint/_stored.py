@@ -19,10 +19,10 @@ from ._contents import Contents
 from ._digest import damaged
 from ._errors import DamagedError, MismatchError, cause, missing, shortened
 from ._item import METADATA, Item, LeafError, read_json
-from ._leaf import HOST, Target, is_key, like_leaf, same_kind, shape, target_of
-from ._place import DIGESTS, STAMP, Place, evaluated
+from ._leaf import HOST, Target, are_floating, is_key, like_leaf, same_kind, shape, target_of
+from ._place import DIGESTS, SHADOW, STAMP, Place, by_item, evaluated
 from ._run import FINISHED, is_finished
-from ._trees import leaves_by_path, logical, named_leaves
+from ._trees import leaves_by_path, logical, merged, named_leaves
 
 
 class Stored:
@@ -73,7 +73,7 @@ class Stored:
     def forms(self, paths: Iterable[KeyPath]) -> dict[KeyPath, Any]:
         """Return some leaves without their values, see `leaf`; faster than one by one."""
         found: dict[KeyPath, Any] = {}
-        for name, own in _by_item(paths).items():
+        for name, own in by_item(paths).items():
             with_forms = self._trying(name, lambda n=name, o=own: self.items[n].forms(o))
             found |= {(name, *path): form for path, form in with_forms.items()}
         return found
@@ -125,7 +125,8 @@ class Stored:
         Args:
             like: the parameters, real or abstract.
             name: which average, see `Contents.called`.
-            cast: whether another dtype than those of parameter and average is fine.
+            cast: whether another dtype than those of parameter and average is fine. In a snapshot,
+                where the parameters are not stored, any floating-point dtype is.
 
         Raises:
             MismatchError: names, shapes or dtypes differ; all problems at once, before anything is
@@ -134,13 +135,15 @@ class Stored:
         wanted = named_leaves(like)
         for leaf_name, leaf in wanted.items():
             check_array("/".join(leaf_name), leaf, "like")
-        places = self.contents.places(wanted, name)
+        contents = self.contents
+        places = contents.places(wanted, name)
         there = {leaf_name: leaf for leaf_name, leaf in wanted.items() if leaf_name in places}
         forms = self.forms({path for place in places.values() for path in place if path})
         wrong = []
         for leaf_name, leaf in there.items():
             place = places[leaf_name]
-            also = leaf if cast else forms[place.param]
+            free = cast or (contents.is_snapshot and are_floating(leaf, forms[place.path]))
+            also = leaf if free else forms[place.param]
             wrong.append(self.differs(place.path, leaf, forms[place.path], also))
         known = [logical(path[1:]) for path in self.paths()] if len(there) < len(wanted) else []
         self.refuse(
@@ -164,17 +167,33 @@ class Stored:
         wanted = {key: (place, like.get(key)) for key, place in places.items()}
         return self._averages(wanted, forms)
 
-    def params_like(self) -> Tree:
-        """Return the stored parameters as empty NumPy arrays: the default for `like`."""
+    def params_like(self, name: str | None = None) -> Tree:
+        """Return the stored parameters as empty NumPy arrays: the default for `like`.
+
+        Of a snapshot, which has none, what is averaged, in the dtypes of the averages. `name`:
+        which average of a snapshot; by default what any of them averages.
+        """
         contents = self.contents
-        contents.called(None)  # there must be an average
-        tree = self.items[contents.root[0]].tree
-        for key in contents.root[1:]:
-            tree = tree[int(key) if isinstance(tree, list) else key]
-        forms = self.forms(contents.params.values())
-        leaves = [forms[contents.params[logical(path)]] for path in leaves_by_path(tree)]
+        chosen = contents.called(name)  # there must be an average
+        at = contents.params
+        tree = None
+        if contents.is_snapshot:
+            at = {own: path for average in chosen for own, path in average.leaves.items()}
+            for average in chosen:
+                tree = merged(tree, self._node((*average.at, SHADOW)))
+        else:
+            tree = self._node(contents.root)
+        forms = self.forms(at.values())
+        leaves = [forms[at[logical(path)]] for path in leaves_by_path(tree)]
         empty = [np.empty(x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves]
         return jax.tree.unflatten(jax.tree.structure(tree), empty)
+
+    def _node(self, path: KeyPath) -> Tree:
+        """The tree below a node; its leaves are names."""
+        tree = self.items[path[0]].tree
+        for key in path[1:]:
+            tree = tree[int(key) if isinstance(tree, list) else key]
+        return tree
 
     def fetch(self, wanted: dict[Any, tuple[KeyPath, Any]]) -> dict[Any, Any]:
         """Read some leaves, given by where each is and what it is to be like."""
@@ -248,7 +267,7 @@ class Stored:
     def _read(self, targets: dict[KeyPath, Target]) -> dict[KeyPath, Any]:
         """Read some leaves, verified; the others are not read."""
         values: dict[KeyPath, Any] = {}
-        for name, own in _by_item(targets).items():
+        for name, own in by_item(targets).items():
             wanted = {path: targets[(name, *path)] for path in own}
             read = self._trying(name, lambda n=name, w=wanted: self.items[n].read(w))
             if (name,) in self.items.get(DIGESTS, ()):
@@ -325,11 +344,3 @@ class Stored:
                 + "\n  ".join(problems)
                 + "\nPass trees like those that were saved."
             )
-
-
-def _by_item(paths: Iterable[KeyPath]) -> dict[str, list[KeyPath]]:
-    """The paths inside each item."""
-    found: dict[str, list[KeyPath]] = {}
-    for path in paths:
-        found.setdefault(path[0], []).append(path[1:])
-    return found

@@ -19,6 +19,15 @@ def logical(path: KeyPath) -> KeyPath:
     return path[:-1] if path[-1:] == ("value",) else path
 
 
+def merged(a: Tree, b: Tree) -> Tree:
+    """Return the union of two trees of dicts and lists: `b`, where `a` has nothing."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {key: merged(a.get(key), b.get(key)) for key in a | b}
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [merged(x, y) for x, y in zip(a, b, strict=True)]
+    return b if a is None else a
+
+
 def named_leaves(tree: Tree) -> dict[KeyPath, Any]:
     """Return the leaves by name: the key path without what wraps an array."""
     return {logical(path): leaf for path, leaf in by_path(tree).items() if leaf is not None}
@@ -44,12 +53,16 @@ def plain(tree: Tree) -> Tree:
 def without_model(params: Tree, opt_state: Tree) -> Tree:
     """Return the state without the model, which an `nnx.ModelAndOptimizer` holds as well.
 
+    Args:
+        params: the model; `None` if it is not asked for.
+        opt_state: the state.
+
     Raises:
         ValueError: it holds another model than the one that was passed.
     """
     if not _holds_model(opt_state):
         return opt_state
-    if opt_state.model is not params:
+    if params is not None and opt_state.model is not params:
         raise ValueError(
             "opt_state is an nnx.ModelAndOptimizer, and params is not its model. Pass "
             "optimizer.model as params, or optimizer.opt_state as opt_state."

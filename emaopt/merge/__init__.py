@@ -135,7 +135,7 @@ class Run:
         like = self.newest.params_like()
         names = [logical(path) for path in key_paths(like)]
         wanted = dict(zip(names, jax.tree.leaves(like), strict=True))
-        in_params = self.newest.contents.stored_params
+        in_params = self.newest.contents.evaluated
         others = {in_params[name]: name for name in self.others()}
         values = {others[at]: x for at, x in self.newest.read(others).items()}
         check_unique(["/".join(name) for name in names], wanted.values())
@@ -162,7 +162,7 @@ class Run:
     def others(self) -> list[KeyPath]:
         """The leaves of `params` that are not averaged."""
         averaged = {leaf for leaves in self.groups.values() for leaf in leaves}
-        return [leaf for leaf in self.newest.contents.stored_params if leaf not in averaged]
+        return [leaf for leaf in self.newest.contents.evaluated if leaf not in averaged]
 
     def _fits(
         self, target: Source | np.ndarray, threshold: float
@@ -231,7 +231,7 @@ def _groups(
     newest: Stored, averaged: set[KeyPath], snapshots: list[_Snapshot]
 ) -> dict[tuple[int, ...], list[KeyPath]]:
     """Return the leaves that are averaged, by the snapshots that hold them."""
-    if lost := averaged - newest.contents.stored_params.keys():
+    if lost := averaged - newest.contents.evaluated.keys():
         raise ValueError(f"{newest.path} has no parameters for the averages of {_all(lost)}")
     groups: dict[tuple[int, ...], list[KeyPath]] = {}
     for leaf in sorted(averaged):

@@ -1,0 +1,65 @@
+"""Have Orbax write the items of a checkpoint, with their digests and what it says it holds."""
+
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from emaopt._tree.paths import Tree
+
+from ._errors import saving
+from ._items import inventory, new_stamp, with_digests
+from ._run import check_checkpointer, check_writable
+
+
+def check_target(checkpointer: ocp.training.Checkpointer, step: Any, overwrite: bool) -> int:
+    """Return the step as a number, if a checkpoint of it can be written.
+
+    Raises:
+        ValueError: Orbax cannot write there, or the step is there already.
+    """
+    check_checkpointer(checkpointer)
+    step = int(step)
+    directory = checkpointer.directory
+    if not overwrite and any(c.step == step for c in checkpointer.checkpoints):
+        raise ValueError(
+            f"step={step} is in {directory} already. Pass another step, or overwrite=True."
+        )
+    if not directory.is_absolute() and "://" not in str(directory):
+        raise ValueError(
+            f"checkpointer writes to {str(directory)!r}, which is relative, and Orbax cannot. Make "
+            "it with an absolute path: os.path.abspath."
+        )
+    check_writable("checkpointer.directory", directory)
+    return step
+
+
+def write(
+    checkpointer: ocp.training.Checkpointer,
+    method: str,
+    step: int,
+    items: dict[str, Tree],
+    *,
+    digest: bool,
+    custom_metadata: dict[str, Any] | None,
+    **orbax: Any,
+) -> Any:
+    """Have Orbax write items by one of its methods, and return its response.
+
+    Args:
+        checkpointer: that of the run.
+        method: `save_checkpointables` or `save_checkpointables_async`.
+        step: the number of the step.
+        items: the trees of the checkpoint, checked.
+        digest: whether to add the item `digests`.
+        custom_metadata: what the user wants to stand beside `emaopt`.
+        orbax: Orbax's arguments.
+
+    Raises:
+        OSError: the checkpoint could not be written. It names the cause.
+    """
+    stamp = new_stamp(step) if digest else None
+    if digest:
+        items = with_digests(items, stamp)
+    about = {**(custom_metadata or {}), **inventory(items, stamp)}
+    with saving(f"checkpoint {checkpointer.directory}, step {step},"):
+        return getattr(checkpointer, method)(step, items, custom_metadata=about, **orbax)
