@@ -165,6 +165,7 @@ def checkpoints(params: Params, opt_state: optax.OptState) -> Iterator[Params]:
     saved = checkpoint.save(checkpointer, 1, params, opt_state, name="fast", epoch=7)
     assert_type(saved, bool)
     checkpoint.save_async(checkpointer, 2, params, opt_state, digest=False)
+    assert_type(checkpoint.snapshot(checkpointer, 3, opt_state, jnp.bfloat16), bool)
     params, opt_state, rest = checkpoint.resume(checkpointer, params, opt_state, epoch=0)
     params, opt_state, rest, skipped = checkpoint.resume_partial(checkpointer, params, opt_state)
     assert_type(skipped, dict[str, str])
