@@ -216,14 +216,35 @@ def _gather(x: jax.Array, ids: jax.Array) -> jax.Array:
             "tree has the average of a table in the memory of the host, where no device can look "
             "rows up. Leave it on the devices: emaopt.on_host is for averages of all rows."
         )
-    found = x.at[ids].get(mode="clip", indices_are_sorted=True, out_sharding=_sharding(x, True))
-    tiny, missing = 0, 0
+    return _rows_of(x, ids, _sharding(x, is_view=True))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _rows_of(x: jax.Array, ids: jax.Array, sharding: PartitionSpec | None) -> jax.Array:
+    """Return the rows of an array that has them in the memory of the devices.
+
+    Always compiled. Outside of `jit`, what `_as_vectors` returns would be a copy of the table.
+    """
+    tiny, missing, table = 0, 0, x
     if is_inexact(x):
         tiny, missing = max(_TINY, float(jnp.finfo(x.dtype).tiny)), jnp.nan
+        table = jax.lax.platform_dependent(x, cpu=_as_vectors, default=lambda x: x)
+    found = table.at[ids].get(mode="clip", indices_are_sorted=True, out_sharding=sharding)
     shape = (ids.size,) + (1,) * (x.ndim - 1)
     is_there, is_padding = (ids < x.shape[0]).reshape(shape), (ids == PADDING).reshape(shape)
     other = jnp.where(is_padding, jnp.asarray(tiny, x.dtype), jnp.asarray(missing, x.dtype))
     return jnp.where(is_there, found, other)
+
+
+def _as_vectors(table: jax.Array) -> jax.Array:
+    """Return the table as it is, in a way that makes a CPU read each row in vectors.
+
+    A row of 64 numbers that is only copied becomes 64 copies of one number: LLVM unrolls so short
+    a loop before it looks for vectors. Such a gather waits for one row after the other, and takes
+    three times as long. The choice between a number and NaN makes the loop longer. XLA computes
+    it for the rows that it reads, never for the whole table.
+    """
+    return jnp.where(table != table, jnp.asarray(jnp.nan, table.dtype), table)
 
 
 def _scatter(x: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
@@ -234,7 +255,7 @@ def _scatter(x: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
         mode="drop",
         indices_are_sorted=True,
         unique_indices=True,
-        out_sharding=_sharding(x, False),
+        out_sharding=_sharding(x, is_view=False),
     )
 
 

@@ -1,5 +1,7 @@
 """The rows of tables: `rows`, `take` and `put`, by themselves and in a step."""
 
+import re
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -259,6 +261,29 @@ def test_donated_the_step_is_in_place_and_compiles_once():
         carry = jitted(*carry, jnp.arange(i, i + 8))
     assert carry[0]["table"].unsafe_buffer_pointer() == before
     assert jitted._cache_size() == 1
+
+
+def test_a_cpu_reads_each_row_in_vectors_and_others_read_the_table_alone():
+    params = {"table": jax.ShapeDtypeStruct((10_000, 64), jnp.float32)}
+    ids = jax.ShapeDtypeStruct((16,), jnp.int32)
+    view = jax.jit(lambda params, ids: emaopt.take(params, {"table": emaopt.rows(ids)}))
+    on_cpu = view.trace(params, ids).lower(lowering_platforms=("cpu",)).compile()
+    # the choice is in the loop that gathers, so that nothing of the size of the table is written
+    (gather,) = re.findall(r"f32\[16,\S* gather\(%(\S+),", on_cpu.as_text())
+    assert re.search(rf"%{gather} = f32\[10000,64\]\S* select\(", on_cpu.as_text())
+    assert on_cpu.memory_analysis().temp_size_in_bytes < 20_000
+    on_gpu = view.trace(params, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert not re.search(r"(select|compare).*tensor<10000x64x", on_gpu)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_row_goes_through_a_view_with_every_bit(jitted):
+    special = [-0.0, 1e-40, -1e-45, jnp.inf, -jnp.inf, jnp.nan, 1e-30, 3e38]
+    params = {"table": jnp.asarray([[x] * 64 for x in special], jnp.float32)}
+    tables = tables_of(*range(8))
+    take = jax.jit(emaopt.take) if jitted else emaopt.take
+    after = emaopt.put(params, take(params, tables), tables)
+    assert np.asarray(after["table"]).tobytes() == np.asarray(params["table"]).tobytes()
 
 
 def test_padding_is_harmless():
