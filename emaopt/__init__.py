@@ -82,6 +82,7 @@ from ._optimizers.clip import (
     clip_by_value as clip_by_value,
     global_norm as global_norm,
 )
+from ._optimizers.interrupts import uninterrupted as uninterrupted
 from ._optimizers.learning_rate import (
     LearningRate as LearningRate,
     exponential_decay as exponential_decay,

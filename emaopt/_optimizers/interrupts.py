@@ -7,7 +7,12 @@ averages. The interrupt is kept, and raised when the results are assigned.
 """
 
 import _thread
+import contextlib
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import jax
@@ -64,3 +69,40 @@ def _interrupt_main_thread(interrupt: KeyboardInterrupt) -> None:
     if interrupt in _kept:
         _kept.remove(interrupt)
         _thread.interrupt_main()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until a block is done: the call of a training step, and its assignment.
+
+    A step that donates its arguments deletes them. If `KeyboardInterrupt` comes before its results
+    are assigned, parameters, optimizer and averages are lost. This holds for any step, of any
+    framework. The steps of `emaopt.minimize` need no such block. A second Ctrl-C interrupts at
+    once. In other threads than the main one nothing is done, as no interrupt comes there.
+
+    Example:
+        >>> params = 0
+        >>> for _ in range(3):
+        ...     with uninterrupted():
+        ...         params = params + 1
+        >>> params
+        3
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[FrameType | None] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        came.append(frame)
+        if len(came) > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if len(came) == 1:
+            before(signal.SIGINT, came[0])

@@ -1,6 +1,5 @@
 """Flax Linen, NNX, Equinox and a dict: the examples of `docs/frameworks.md`, run and checked."""
 
-import doctest
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pages
 import pytest
 import reference
 from compare import bitwise, close
@@ -176,16 +176,12 @@ class Example(NamedTuple):
 
 @pytest.fixture(scope="module", params=FRAMEWORKS)
 def example(request):
-    shared, *sections = re.split(r"(?m)^## ", DOCUMENT.read_text())
-    (section,) = (s for s in sections if s.startswith(f"{request.param}\n"))
-    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
-    test = parser.get_doctest(shared + section, {}, request.param, str(DOCUMENT), 0)
-    assert runner.run(test, clear_globs=False).failed == 0
-    return Example(SimpleNamespace(**test.globs), FRAMEWORKS[request.param])
+    names = pages.run(DOCUMENT, request.param)
+    return Example(SimpleNamespace(**names), FRAMEWORKS[request.param])
 
 
 def test_every_example_is_checked():
-    assert re.findall(r"(?m)^## (.*)", DOCUMENT.read_text()) == list(FRAMEWORKS)
+    assert pages.headings(DOCUMENT) == list(FRAMEWORKS)
 
 
 # the same by hand
@@ -370,7 +366,7 @@ class Tied(nnx.Module):
 def test_weights_that_are_tied_stay_tied_in_the_average_and_when_resumed(tmp_path):
     model, optimizer = optimized(Tied())
     names = SimpleNamespace(model=model, optimizer=optimizer, nnx=nnx, emaopt=emaopt)
-    (line,) = re.findall(r">>> averaged = (nnx\.merge\(nnx\.graphdef.*)", DOCUMENT.read_text())
+    (line,) = re.findall(r"(?m)^averaged = (nnx\.merge\(nnx\.graphdef.*)", DOCUMENT.read_text())
     averaged = eval(line, vars(names))
     assert averaged.encode.kernel is averaged.decode.kernel
     np.testing.assert_array_equal(averaged.encode.kernel[...], model.encode.kernel[...] + 0.25)

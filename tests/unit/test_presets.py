@@ -3,7 +3,6 @@
 pip install -r tests/peers.txt && pytest tests/unit/test_presets.py
 """
 
-import doctest
 import importlib.util
 import inspect
 import json
@@ -337,10 +336,8 @@ def test_a_preset_gives_the_averages_of_the_library_that_is_installed(tmp_path):
         assert_same(case)
 
 
-def test_the_documentation_runs_and_has_every_preset_with_its_version():
-    document = DOCS / "peers.md"
-    assert doctest.testfile(str(document), module_relative=False).failed == 0
-    text = document.read_text()
+def test_the_documentation_has_every_preset_with_its_version():
+    text = (DOCS / "peers.md").read_text()
     for name in PRESETS:
         assert f"| `{name}(" in text
     for library, version in RECORDED["versions"].items():
