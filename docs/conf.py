@@ -62,9 +62,11 @@ CONTENTS = {
 :hidden:
 :glob:
 :caption: Guides
+docs/guides
 docs/overview
 docs/averaging
 docs/frameworks
+docs/recipes
 docs/checkpoints
 docs/*
 notebooks/README
