@@ -81,6 +81,8 @@ def train(params: Params, x: jax.Array) -> Params:
     value, grads = emaopt.compute_gradients(loss, params, x, var_list=emaopt.matching("w"))
     assert_type(emaopt.global_norm(grads), jax.Array)
     params, opt_state = emaopt.apply_gradients(tx, grads, params, opt_state)
+    with emaopt.uninterrupted():
+        pass
     step = emaopt.minimize(loss, tx)
     params, opt_state, value = step(params, opt_state, x)
     print(float(value), int(emaopt.global_step(opt_state)))
