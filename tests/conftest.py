@@ -26,3 +26,22 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Mark most combinations of a `grid` as slow. The rest is its diagonal: each value once."""
+    grids = {}
+    for item in items:
+        if item.get_closest_marker("grid"):
+            grids.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for members in grids.values():
+        seen = {axis: {} for axis in members[0].callspec.params}
+        rows = [
+            {axis: seen[axis].setdefault(id(x), len(seen[axis])) for axis, x in params.items()}
+            for params in (item.callspec.params for item in members)
+        ]
+        longest = max(seen, key=lambda axis: len(seen[axis]))
+        for item, row in zip(members, rows, strict=True):
+            if any(row[axis] != row[longest] % len(values) for axis, values in seen.items()):
+                item.add_marker(pytest.mark.slow)

@@ -50,6 +50,7 @@ def run(tx, params=PARAMS, updates=UPDATES, number=3):
     return params, state
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
 def test_every_decay_and_every_way_to_store(decay, kind):
@@ -93,6 +94,7 @@ def test_recalibrated_statistics():
     np.testing.assert_allclose(found["mean"], 3)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("wrap", [lambda tx: tx, emaopt.heal], ids=["ema", "heal"])
 @pytest.mark.parametrize("kind", [None, emaopt.compensated()], ids=["nearest", "compensated"])
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)

@@ -44,6 +44,7 @@ def checked():
         yield
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("grads", [SOME, ZERO], ids=["some", "zero"])
 @pytest.mark.parametrize("pack", [lambda tree: tree, emaopt.pack], ids=["leaves", "packed"])

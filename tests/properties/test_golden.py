@@ -17,6 +17,12 @@ import emaopt
 
 
 TRAINING = replay.cases("training")
+# of each optimizer, one case is fast
+FIRST = {case["id"].split("/")[0]: case["id"] for case in reversed(TRAINING)}
+EACH = [
+    pytest.param(case, id=case["id"], marks=[pytest.mark.slow] * (case["id"] not in FIRST.values()))
+    for case in TRAINING
+]
 # "case/variable": all that no root goes into, and where TensorFlow's root is the IEEE one
 BITWISE = re.compile(
     r"(gradient_descent|momentum)/|\w+/\w+/(power|slot/(accumulator|accum|m|v|rms|mg))/"
@@ -67,7 +73,7 @@ def expected(case):
 
 
 @pytest.mark.usefixtures("precision")
-@pytest.mark.parametrize("case", TRAINING, ids=by_id)
+@pytest.mark.parametrize("case", EACH)
 def test_training_under_jit_is_tensorflows_in_every_variable(case):
     got = variables(case, jitted=True)
     for key, name, want in expected(case):

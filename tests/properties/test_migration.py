@@ -83,6 +83,7 @@ def value_of(results, tf1):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tf1", RUN)
 def test_the_line_runs(tf1, results):
     value_of(results, tf1)
@@ -169,6 +170,7 @@ RATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tf1", RATES)
 def test_the_rate_is_that_of_tf1(tf1, results):
     schedule = value_of(results, tf1)
@@ -192,6 +194,7 @@ CLIPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tf1", CLIPPED)
 def test_the_gradients_are_clipped_as_in_tf1(tf1, results):
     got = value_of(results, tf1).update((A, B), optax.EmptyState())[0]
@@ -199,6 +202,7 @@ def test_the_gradients_are_clipped_as_in_tf1(tf1, results):
         np.testing.assert_allclose(g, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_proximal_gradient_descent_is_that_of_tf1(results):
     tx = value_of(
         results, "`ProximalGradientDescentOptimizer(0.1, l1_regularization_strength=0.5)`"
@@ -228,17 +232,20 @@ EQUAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tf1", [tf1 for tf1 in EQUAL if not CODE[tf1].missing])
 def test_the_value_is_that_of_tf1(tf1, results):
     assert value_of(results, tf1) == EQUAL[tf1]
 
 
+@pytest.mark.slow
 def test_the_variables_of_the_optimizer_have_their_names_in_tf1(results):
     names = value_of(results, "`opt.variables()`")
     slots = [f"{n}/Adam{suffix}" for n in NAMES for suffix in ("", "_1")]
     assert set(jax.tree.leaves(names)) == {"beta1_power", "beta2_power", "global_step", *slots}
 
 
+@pytest.mark.slow
 def test_a_mask_is_a_list_of_variables(results):
     grads = value_of(results, "`opt.compute_gradients(loss, var_list=[kernel])`")
     assert grads["output"]["kernel"] is None
@@ -247,12 +254,14 @@ def test_a_mask_is_a_list_of_variables(results):
     assert [x.shape for x in jax.tree.leaves(emaopt.averages(state)["ema"].shadow)] == [(2, 3)]
 
 
+@pytest.mark.slow
 def test_incoming_gradients_two_ways(results):
     both = "`tf.gradients(ys, xs, grad_ys)`", "`opt.compute_gradients(y, grad_loss=g)`"
     a, b = (execute(CODE[tf1].code, results[1]) for tf1 in both)
     assert jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.slow
 def test_a_stopped_gradient_is_a_constant(results):
     space = results[1]
     assert np.array_equal(value_of(results, "`tf.stop_gradient(w)`"), space["batches"][0][0])
@@ -260,6 +269,7 @@ def test_a_stopped_gradient_is_a_constant(results):
     assert np.array_equal(unconnected, np.zeros((2, 3)))
 
 
+@pytest.mark.slow
 def test_the_average_of_a_tensor_starts_at_zero(results):
     space = results[1]
     value_of(results, "`ema.apply([loss])`")
@@ -267,6 +277,7 @@ def test_the_average_of_a_tensor_starts_at_zero(results):
     assert float(space["mean"].update(2.0, start).shadow) == np.float32(0.01999998)
 
 
+@pytest.mark.slow
 def test_a_batch_lies_on_all_devices(results):
     x, _ = value_of(results, "`SyncReplicasOptimizer`")
     assert len(x.sharding.device_set) == jax.device_count() > 1

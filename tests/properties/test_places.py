@@ -176,6 +176,7 @@ PLACES = {
 }
 
 
+@pytest.mark.grid
 @each_transformation
 @pytest.mark.parametrize("place", PLACES)
 def test_in_every_place_the_numbers_are_the_plain_ones_compiled_once(name, place):

@@ -58,6 +58,7 @@ def assert_at(tree, shardings):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+@pytest.mark.slow
 @each_mesh
 def test_training_on_a_mesh_is_training_on_one_device(name, kind):
     params, opt_state, batch = sharded.start(sharded.TX, sharded.mesh_of(name, kind))
@@ -128,6 +129,7 @@ def memory_kinds(tree):
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS_OF_AVERAGES)
 def test_an_average_on_the_host_stays_there_and_is_the_same(name):
     kind, options = KINDS_OF_AVERAGES[name]

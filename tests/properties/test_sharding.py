@@ -99,6 +99,7 @@ def test_states_are_made_where_their_parameters_are(name, kind):
 
 
 # a lone step, all that gradient descent has, is a constant that jit makes on one device
+@pytest.mark.grid
 @pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "gradient_descent"])
 @each_mesh
 def test_states_are_made_where_their_parameters_are_under_jit(name, kind):
@@ -106,6 +107,7 @@ def test_states_are_made_where_their_parameters_are_under_jit(name, kind):
     assert_beside_params(jax.jit(TRANSFORMATIONS[name].init)(params), params)
 
 
+@pytest.mark.grid
 @each
 @each_mesh
 def test_a_step_keeps_shardings_and_numbers_and_compiles_once(name, kind):
@@ -123,6 +125,7 @@ def test_a_step_keeps_shardings_and_numbers_and_compiles_once(name, kind):
         )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ELEMENTWISE)
 @each_mesh
 def test_optimizers_and_averages_compile_to_no_collective(name, kind):

@@ -38,6 +38,7 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.max(np.abs(b)))
 
 
+@pytest.mark.slow
 @KINDS
 def test_on_eight_devices_the_numbers_are_those_of_one(kind):
     mesh = sparse.mesh_of(kind)
