@@ -57,8 +57,8 @@ def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTra
             continue
         if not np.all(np.asarray(low) <= np.asarray(high)):
             raise ValueError(
-                f"clip_value_min={low} is above clip_value_max={high} or is not a number. "
-                "Swap them."
+                f"clip_value_min={low} is above clip_value_max={high} or is not a number. Pass two "
+                "numbers, the smaller one as clip_value_min."
             )
 
     def everywhere(bound: Any, updates: Tree) -> Tree:

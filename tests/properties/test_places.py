@@ -272,3 +272,31 @@ def test_an_injected_hyper_parameter_may_change_without_recompiling(name):
     expected = step_of(changed)((params, opt_state.inner_state), GRADS[1])
     close((got[0], got[1].inner_state), expected)
     assert step._cache_size() == 1
+
+
+COPY = emaopt.ema(0)
+SGD = emaopt.gradient_descent(0.1)
+# the chain; whether the average is the parameters; whether it counts the steps that were made
+WRONG_PLACES = {
+    "last": (optax.chain(SGD, COPY), True, True),
+    "before the optimizer": (optax.chain(COPY, SGD), False, True),
+    "before the clipping": (optax.chain(SGD, COPY, optax.clip(0.01)), False, True),
+    "inside MultiSteps": (optax.MultiSteps(optax.chain(SGD, COPY), 2), True, True),
+    "outside MultiSteps": (optax.chain(optax.MultiSteps(SGD, 2), COPY), True, False),
+}
+
+
+@pytest.mark.parametrize("place", WRONG_PLACES)
+def test_a_wrong_place_shows_with_decay_0(place):
+    tx, copies, counts = WRONG_PLACES[place]
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    made = 0
+    for _ in range(2):
+        before = params
+        with jax.numpy_dtype_promotion("standard"):  # MultiSteps mixes integers and floats
+            params, opt_state = emaopt.apply_gradients(tx, GRADS[0], params, opt_state)
+        made += not jax.tree.all(jax.tree.map(jnp.array_equal, before, params))
+    (state,) = emaopt.averages(opt_state).values()
+    averaged = emaopt.average(params, opt_state)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, averaged, params)) == copies
+    assert (state.step == made) == counts
