@@ -229,7 +229,7 @@ def setup(app) -> None:
             from emaopt.__main__ import main
 
             printed = io.StringIO()
-            os.environ["COLUMNS"] = "88"
+            os.environ["COLUMNS"] = "80"
             with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
                 main([*self.arguments, "--help"])
             return [nodes.literal_block(text=printed.getvalue(), language="text")]

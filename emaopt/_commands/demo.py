@@ -15,15 +15,18 @@ from emaopt._extras import require
 
 
 START = """\
-A small network with two convolutions and two dense layers learns to read 898 real
-handwritten digits, on the CPU, in {epochs} epochs. Its parameters are averaged after each
-update by emaopt.ema(emaopt.warmup(0.99)): the average of about the last 100 updates.
-Every epoch is saved in {out}/checkpoints. Ctrl-C is safe: --resume goes on.
+A small network of two convolutions and two dense layers learns to read 898 real
+handwritten digits, on the CPU, in {epochs} epochs. After each update, its parameters
+are averaged by emaopt.ema(emaopt.warmup(0.99)): over about the last 100 updates.
+Every epoch is saved in {out}/checkpoints. Ctrl-C is safe:
+--resume goes on. It starts in some seconds, when the step is compiled.
 """
 NEXT = """\
-next        emaopt ls {out}/checkpoints --averages
-            emaopt diff {out}/checkpoints    the averages against the parameters
-            emaopt demo --out {out} --epochs {more} --resume
+
+What you can do next:
+  emaopt ls {out}/checkpoints --averages
+  emaopt diff {out}/checkpoints         the averages against the parameters
+  emaopt demo --out {out} --epochs {more} --resume
 """
 
 

@@ -33,6 +33,7 @@ from .progress import watched
 
 BYTES_AT_ONCE = 2**25  # of each checkpoint that are read at once
 ELEMENTS_AT_ONCE = 2**20  # that are compared at once
+WIDTH = 80  # of a line; a name that is longer has a line of its own, so that it can be copied whole
 
 
 class Side(NamedTuple):
@@ -138,12 +139,13 @@ def show(found: Difference, a: str, b: str | None, as_json: bool) -> None:
     for leaf in differ:
         numbers = (f"{'-' if x is None else f'{x:.3g}':>10}" for x in (leaf.max_abs, leaf.relative))
         note = f": {leaf.a} in A, {leaf.b} in B" if leaf.a != leaf.b else ""
-        print(*numbers, f"{printable(leaf.name)}{note}", sep="  ")
+        row, name = "  ".join(numbers), f"{printable(leaf.name)}{note}"
+        print(row, name, sep="  " if len(row) + len(name) + 2 <= WIDTH else "\n  ")
     for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         for name in names:
             print(f"only in {side}: {printable(name)}")
     print(
-        f"\n{len(differ)} of {len(found.leaves)} common leaves differ; "
+        f"\n{len(differ)} of {len(found.leaves)} common leaves differ\n"
         f"without integers, together: max abs {largest:.3g}, relative {relative:.3g}"
     )
 

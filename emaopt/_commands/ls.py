@@ -64,7 +64,9 @@ def command(checkpoint: str, averages: bool = False, as_json: bool = False) -> N
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
     lines = table(rows, width)
-    print("\n".join([*lines, "", f"{len(rows)} leaves, {total:,} bytes: {printable(str(path))}"]))
+    end, place = f"{len(rows)} leaves, {total:,} bytes:", printable(str(path))
+    fits = len(end) + 1 + len(place) <= width
+    print("\n".join([*lines, "", f"{end} {place}" if fits else f"{end}\n  {place}"]))
 
 
 def rows_of_tf1(path: paths.Path) -> list[Row]:
@@ -128,7 +130,8 @@ def _group(row: Row) -> tuple[str, str]:
     """Return the title of the group that a leaf is listed in, and its name there."""
     kind, of, owner = row.role.partition(" of ")
     if of and row.name.endswith(f"/{owner}"):  # Orbax: opt_state/0/slots/m/w
-        return f"{row.name.removesuffix(f'/{owner}')}: {kind}", owner
+        place = row.name.removesuffix(f"/{owner}")
+        return kind if place == kind else f"{place}: {kind}", owner
     if of and row.name.startswith(f"{owner}/"):  # TF1: w/Adam
         return f"*{row.name.removeprefix(owner)}: {kind}", owner
     return kind, row.name

@@ -73,7 +73,7 @@ def _near(path: Path) -> Place:
         raise ValueError(
             f"{path} holds several runs. Pass one of: {', '.join(str(run) for run in below[:9])}"
         )
-    say(f"{path} holds no checkpoint itself, so this is {below[0]}")
+    say(f"the run is one level below, in {below[0].name}")
     return Place(below[0], str(_format(below[0])))
 
 

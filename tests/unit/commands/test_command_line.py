@@ -52,11 +52,11 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples_and_fits_a_terminal(command):
+def test_help_has_examples_and_fits_a_terminal(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     text = COMMANDS[command].format_help()
     assert f"\nexamples:\n  emaopt {command}" in text
-    written = [*COMMANDS[command].epilog.splitlines(), *COMMANDS[command].description.splitlines()]
-    assert max(map(len, written)) <= 88
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_an_interrupt_is_no_traceback(stopped, capsys):
@@ -190,12 +190,19 @@ def test_a_place_that_cannot_be_reached_is_one_line(command, path, tmp_path, mon
 
 
 @pytest.mark.skipif(find_spec("shtab") is None, reason="needs the extra completion")
-def test_a_shell_gets_a_script_that_completes_commands_and_options(capsys):
+def test_bash_completes_commands_options_and_files(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--print-completion", "bash"])
     script = capsys.readouterr().out
-    for word in (*COMMANDS, "--averages", "--tensorboard"):
-        assert word in script
+    (tmp_path / "a-run").mkdir()
+    typed = ["l", "ls --a", "ls a-r", "diff a-run a-r", "demo --out a-r", "convert a-r"]
+    for words in typed:
+        script += f"\nCOMP_WORDS=(emaopt {words}); COMP_CWORD={len(words.split())}; "
+        script += 'COMPREPLY=(); _shtab_emaopt; echo "$COMPREPLY"'
+    done = subprocess.run(
+        ["bash"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["ls", "--averages", "a-run", "a-run", "a-run", "a-run"]
 
 
 def test_without_shtab_the_extra_is_named(monkeypatch, capsys):

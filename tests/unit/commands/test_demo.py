@@ -80,6 +80,7 @@ def test_it_says_at_once_what_it_does_and_in_the_end_what_to_do_next(finished):
     told = (f"{len(images)} real", f"in {EPOCHS} epochs", f"warmup({digits.DECAY})", str(out))
     for text in told:
         assert text in start
+    assert max(map(len, demo.START.splitlines())) <= 80
     assert f"emaopt ls {out}/checkpoints --averages" in end
     assert "import flax" not in Path(demo.__file__).read_text()  # nothing heavy comes before
 

@@ -116,7 +116,7 @@ def test_every_leaf_has_its_distance(pair, capsys):
 def test_the_text_has_what_differs_and_most_first(pair, capsys):
     code, out = called(capsys, *pair)
     assert code == 1
-    head, *rows, empty, total = out.splitlines()
+    head, *rows, empty, count, total = out.splitlines()
     assert head.split() == ["max", "abs", "relative", "leaf"]
     assert rows == [
         "       inf         inf  state/infinity",
@@ -136,9 +136,17 @@ def test_the_text_has_what_differs_and_most_first(pair, capsys):
         "only in B: state/only 1",
     ]
     assert empty == ""
-    assert total == (
-        "13 of 15 common leaves differ; without integers, together: max abs nan, relative nan"
-    )
+    assert count == "13 of 15 common leaves differ"
+    assert total == "without integers, together: max abs nan, relative nan"
+
+
+def test_a_long_name_has_a_line_of_its_own(capsys):
+    names = ["x" * 56, "x" * 57]
+    leaves = [diff.Compared(name, "float32[]", "float32[]", False, 1.0, 0.5) for name in names]
+    diff.show(diff.Difference(leaves, [], []), "a", "b", as_json=False)
+    _, first, second, name, *_ = capsys.readouterr().out.splitlines()
+    numbers = "         1         0.5"
+    assert [first, second, name] == [f"{numbers}  {names[0]}", numbers, f"  {names[1]}"]
 
 
 def test_all_floating_point_leaves_count_together(run, capsys):
