@@ -53,7 +53,7 @@ FLOORS = {
     "tf1": "_rename | _files _leaves | __init__",
     "summary": "_graph _histogram | _writer | __init__",
     "merge": "_ledgers | __init__",
-    "_commands": "running paths progress digits demo | convert | ls diff merge",
+    "_commands": "arguments running paths progress digits demo | convert | ls diff merge",
 }
 # jax loads etils itself
 HEAVY = set.union(*(packages for _, packages in ROOMS.values())) - LIGHT - {"etils"}
