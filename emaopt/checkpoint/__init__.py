@@ -20,6 +20,7 @@ from emaopt._tree.paths import Params, Tree
 from ._errors import DamagedError as DamagedError, MismatchError as MismatchError
 from ._export import export_averages as export_averages
 from ._items import items_of
+from ._managers import from_items as from_items, items as items
 from ._partial import load_params
 from ._resume import resume as resume, resume_partial as resume_partial
 from ._run import locate

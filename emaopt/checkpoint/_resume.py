@@ -51,7 +51,7 @@ def resume(
         refuse_snapshot(stored, "Pass the step or the run of a full checkpoint.")
     markers = {path for path in stored.items.get("opt_state", ()) if path[-1] == SWAPPED}
     state = without_model(params, opt_state)
-    names, like = _as_saved(params, state, markers, stored.path)
+    names, like = as_saved(params, state, markers, f"checkpoint {stored.path}")
     if "rest" in stored.items and ("step",) in stored.items["rest"]:
         rest = {"step": stored.forms([("rest", "step")])["rest", "step"], **rest}
     if rest or "rest" in stored.items:
@@ -111,15 +111,15 @@ def _newest(checkpointer: ocp.training.Checkpointer, step: int | None) -> Stored
     return Stored(pick(found, step, checkpointer.directory))
 
 
-def _as_saved(
-    params: Tree, opt_state: Tree, markers: set[KeyPath], path: Path
+def as_saved(
+    params: Tree, opt_state: Tree, markers: set[KeyPath], found: str
 ) -> tuple[list[str], dict[str, Tree]]:
     """The names of the averages that were swapped, and the trees as they stand on disk."""
     names = dict(zip(average_paths(opt_state), averages(opt_state), strict=True))
     swapped = {marker[:-1] for marker in markers}
     if not swapped <= names.keys():
         raise MismatchError(
-            f"checkpoint {path} has its averages at {sorted('/'.join(node) for node in swapped)}, "
+            f"{found} has its averages at {sorted('/'.join(node) for node in swapped)}, "
             f"opt_state has {['/'.join(node) for node in names]}. Pass the state of the optimizer "
             "that was saved; for the averages alone, restore_averages."
         )

@@ -13,16 +13,16 @@ import numpy as np
 from etils.epath import Path
 
 from emaopt._tree.checks import check_array, describe
-from emaopt._tree.paths import KeyPath, Tree, few, printable
+from emaopt._tree.paths import KeyPath, Tree, printable
 
 from ._contents import Contents
-from ._digest import damaged
 from ._errors import DamagedError, MismatchError, cause, missing, shortened
 from ._item import METADATA, Item, LeafError, read_json
 from ._leaf import HOST, Target, are_floating, is_key, like_leaf, same_kind, shape, target_of
-from ._place import DIGESTS, SHADOW, STAMP, Place, by_item, evaluated
+from ._place import DIGESTS, SHADOW, STAMP, UNTOLD, Place, by_item, evaluated
 from ._run import FINISHED, is_finished
 from ._trees import leaves_by_path, logical, merged, named_leaves
+from ._verify import verify
 
 
 class Stored:
@@ -217,15 +217,18 @@ class Stored:
         handlers = handlers if isinstance(handlers, dict) else {}
         trees = {name for name, handler in handlers.items() if "ree" in str(handler)}
         trees |= {name for name, handler in handlers.items() if "Standard" in str(handler)}
-        trees |= set(self.about.get("items", ()))
         there = {path.name for path in self.path.iterdir() if (path / METADATA).exists()}
+        found = {name: Item(self.path / name) for name in sorted(there)}
+        # a manager may have saved what `items` returns as one tree
+        inside = {path[0] for item in found.values() for path in item if path}
+        trees |= set(self.about.get("items", ())) - inside
         if lost := sorted(trees - there):
             gone = [name for name in lost if not (self.path / name).exists()]
             what = "are missing" if gone else f"have no file {METADATA}"
             raise ValueError(f"The items {gone or lost} {what}.")
         if not there:
             raise ValueError("There is no item that is a tree.")
-        return {name: Item(self.path / name) for name in sorted(there)}
+        return found
 
     def _check_stamp(self) -> None:
         """Raise if the digests are of another save than the checkpoint, or it is of another step.
@@ -234,6 +237,8 @@ class Stored:
         """
         recorded = self.about.get(STAMP)
         if DIGESTS not in self.items or (recorded is None and (STAMP,) not in self.items[DIGESTS]):
+            return
+        if not self.about:  # the manager that wrote it takes no metadata
             return
         stamp = None
         if (STAMP,) in self.items[DIGESTS]:
@@ -244,7 +249,7 @@ class Stored:
                 "leaves them. Use another step."
             )
         step = stamp[0] + stamp[1] * 2**32 if stamp else 0
-        if self.path.name.isascii() and self.path.name.isdigit() and int(self.path.name) != step:
+        if step != UNTOLD and _number(self.path.name) not in (None, step):
             raise DamagedError(
                 f"checkpoint {self.path} was saved as step {step}. Rename the directory to {step}, "
                 "or to a name that is no number."
@@ -271,26 +276,11 @@ class Stored:
             wanted = {path: targets[(name, *path)] for path in own}
             read = self._trying(name, lambda n=name, w=wanted: self.items[n].read(w))
             if (name,) in self.items.get(DIGESTS, ()):
-                self._verify(name, read)
+                recorded = self._trying_one(DIGESTS, (name,))
+                what = f"checkpoint {self.path}: "
+                verify(what, name, recorded, self.items[name].paths, read)
             values |= {(name, *path): value for path, value in read.items()}
         return values
-
-    def _verify(self, name: str, values: dict[KeyPath, Any]) -> None:
-        recorded = self._trying_one(DIGESTS, (name,))
-        paths = sorted(self.items[name])
-        order = {path: i for i, path in enumerate(paths)}
-        bad = damaged(recorded, len(paths), {order[path]: x for path, x in values.items()})
-        if bad is None:
-            raise DamagedError(
-                f"checkpoint {self.path}: the digests of item {name!r} are damaged, or of another "
-                "item, so its data cannot be trusted. Use another step."
-            )
-        if bad:
-            names = few("/".join((name, *paths[i])) for i in bad)
-            raise DamagedError(
-                f"checkpoint {self.path}: {names} is damaged: its bits are not those that were "
-                "saved. Use another step."
-            )
 
     def _averages(self, wanted: dict[Any, tuple[Place, Any]], forms: dict) -> dict[Any, Any]:
         """Averages, each where its template is: with their residues, and with rows up to date."""
@@ -344,3 +334,8 @@ class Stored:
                 + "\n  ".join(problems)
                 + "\nPass trees like those that were saved."
             )
+
+
+def _number(name: str) -> int | None:
+    """The step that a directory is named after."""
+    return int(name) if name.isascii() and name.isdigit() else None
