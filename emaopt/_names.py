@@ -24,7 +24,7 @@ from emaopt._tree.paths import Tree, few, is_none, leaf_names
 
 
 AVERAGE = "ExponentialMovingAverage"
-STEP = "global_step"
+GLOBAL_STEP = "global_step"
 _OF_A_VARIABLE = re.compile(
     rf"(.*)/({'|'.join([kind for slots, kind in KINDS.items() if slots])}|{AVERAGE})(_\d+)?",
     re.DOTALL,
@@ -78,8 +78,13 @@ def _average_names(state: Any, unique: Callable[[str], str]) -> Any:
     below = lambda name: unique(f"{average_name(name)}/residue")
     residue = jax.tree.map(below, _plain(state.residue))
     ledger = jax.tree.map(lambda name: unique(f"ledger/{name}"), _plain(state.ledger))
-    own = {"step": _all(state.step, STEP), "shadow": shadow, "residue": residue, "ledger": ledger}
-    own["rows"] = _rested_names(state.rows, unique)
+    own = {
+        "step": _all(state.step, GLOBAL_STEP),
+        "shadow": shadow,
+        "residue": residue,
+        "ledger": ledger,
+    }
+    own |= {"ledger": ledger, "rows": _rested_names(state.rows, unique)}
     return type(state)(**{field: own.get(field, field) for field in state._fields})
 
 
@@ -99,7 +104,7 @@ def _optimizer_names(state: OptimizerState, unique: Callable[[str], str]) -> Opt
         for slot in declared
     }
     ordered = {slot: slots[slot] for slot in state.slots}
-    return OptimizerState(_all(state.step, STEP), powers, ordered)
+    return OptimizerState(_all(state.step, GLOBAL_STEP), powers, ordered)
 
 
 def _all(tree: Any, name: str) -> Any:
@@ -156,7 +161,7 @@ def role(name: str, known: Collection[str]) -> tuple[str, str]:
     >>> role("w/Adam_1", ["w", "w/Adam", "w/Adam_1"])
     ('slot v of w', 'opt_state: slots/v/w')
     """
-    if name.split("/")[-1] == STEP:
+    if name.split("/")[-1] == GLOBAL_STEP:
         return "global step", f"opt_state: {OptimizerState._fields[0]}"
     if power := re.fullmatch(r"(?:.*/)?(beta[12]_power(_\d+)?)", name):
         return "power", f"opt_state: {OptimizerState._fields[1]}/{power[1]}"
@@ -308,7 +313,9 @@ def variables_to_restore(
     own = jax.tree.leaves(_plain(params))
     stored = jax.tree.leaves(names(opt_state))
     if not _states(opt_state, OptimizerState) and any(not is_inexact(leaf) for leaf in leaves):
-        stored = [name for name in stored if name != STEP]  # the average counts that leaf's steps
+        stored = [
+            name for name in stored if name != GLOBAL_STEP
+        ]  # the average counts that leaf's steps
     everything = own + stored
     if moving_average_variables is None:
         averaged = [name for name, leaf in zip(own, leaves, strict=True) if is_inexact(leaf)]

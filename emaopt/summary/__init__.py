@@ -28,14 +28,14 @@ from jax.tree_util import GetAttrKey
 from emaopt._average.decay import DecayLike, as_decay
 from emaopt._average.find import average, averages
 from emaopt._average.meters import ledgers
-from emaopt._names import global_step
+from emaopt._names import GLOBAL_STEP, global_step
 from emaopt._optimizers.builder import OptimizerState
 from emaopt._optimizers.clip import global_norm
 from emaopt._tree.checks import did_you_mean
 from emaopt._tree.numbers import wide
 from emaopt._tree.paths import Tree, key_name
 
-from ._writer import STEP, Writer as Writer, check_scalars, writer as writer
+from ._writer import Writer as Writer, check_scalars, writer as writer
 
 
 # the fields in which optax.inject_hyperparams and optax.monitor keep dicts of values
@@ -97,7 +97,7 @@ def scalars(
       {'global_step': 0.0, 'params/norm': 0.0, 'average/distance': 5.0, 'loss': 0.5}
     """
     step = global_step(opt_state)
-    found = {STEP: step, "params/norm": _norm(params)}
+    found = {GLOBAL_STEP: step, "params/norm": _norm(params)}
     found |= _of_slots(opt_state) | _of_averages(params, opt_state, decay) | _kept(opt_state)
     if grads is not None:
         found |= _of_gradients(grads, clip, params)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._extras import require
-from emaopt._names import global_step, names
+from emaopt._names import GLOBAL_STEP, global_step, names
 from emaopt._tree.checks import describe
 from emaopt._tree.paths import Tree
 
@@ -19,7 +19,6 @@ from ._graph import graph_of
 from ._histogram import histogram
 
 
-STEP = "global_step"
 _REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 
@@ -85,9 +84,9 @@ class Writer:
         for row in rows:
             check_scalars(row)
         rows = jax.device_get(rows)
-        steps = [row.pop(STEP) for row in rows if STEP in row]
+        steps = [row.pop(GLOBAL_STEP) for row in rows if GLOBAL_STEP in row]
         if step is None and not steps:
-            raise ValueError(f"step is missing, and scalars has no {STEP!r}. Pass step=.")
+            raise ValueError(f"step is missing, and scalars has no {GLOBAL_STEP!r}. Pass step=.")
         step = int(steps[-1] if step is None else step)
         for tag in dict.fromkeys(tag for row in rows for tag in row):
             mean = np.mean([np.float64(row[tag]) for row in rows if tag in row])

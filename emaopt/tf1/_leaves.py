@@ -10,7 +10,7 @@ import numpy as np
 
 from emaopt._average.ema import SwappedEmaState
 from emaopt._average.find import averages
-from emaopt._names import STEP, names, origin
+from emaopt._names import GLOBAL_STEP, names, origin
 from emaopt._tree.numbers import dtype_of, is_inexact
 from emaopt._tree.paths import Tree, is_none
 
@@ -76,7 +76,7 @@ def leaves_in_tf1(
 
 def _is_step(own: str, value: Any) -> bool:
     """Return whether a leaf is TF1's global step."""
-    return own == STEP and dtype_of(value).kind == "i"
+    return own == GLOBAL_STEP and dtype_of(value).kind == "i"
 
 
 def _named(tree: Tree) -> Iterable[tuple[str, Any]]:
@@ -120,7 +120,7 @@ def _share(first: Leaf, leaf: Leaf) -> bool:
     if is_inexact(leaf.value):
         return False
     if _is_step(leaf.own, leaf.value):
-        return first.own == STEP
+        return first.own == GLOBAL_STEP
     return bool(leaf.kind) and first.kind == PARAMETER and first.own == origin(leaf.own)[0]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emaopt._average.ema import EmaState, SwappedEmaState
-from emaopt._names import AVERAGE, STEP as GLOBAL_STEP, names, origin, role, variable_of
+from emaopt._names import AVERAGE, GLOBAL_STEP, names, origin, role, variable_of
 from emaopt._optimizers.builder import OptimizerState
 from emaopt._tree.checks import DEEPEST
 from emaopt._tree.numbers import dtype_of, wide

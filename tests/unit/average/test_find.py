@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import equal
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -21,13 +22,6 @@ from emaopt._average.match import AmbiguousError
 
 def sgd():
     return emaopt.gradient_descent(0.5)
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
 
 
 # who owns the arrays
@@ -62,7 +56,7 @@ def test_no_later_step_deletes_the_averages(kind, how):
     kept = jax.tree.map(np.array, (averaged, several))
     step(params, opt_state)  # donates both
     assert jax.tree.leaves(opt_state)[0].is_deleted()
-    assert_same((averaged, several), kept)
+    equal((averaged, several), kept)
 
 
 def test_training_goes_on_from_the_averages():
@@ -70,7 +64,7 @@ def test_training_goes_on_from_the_averages():
     params = emaopt.average(params, opt_state)
     wanted = jax.tree.map(np.array, params)
     params, opt_state, _ = step(params, opt_state)  # no array is donated twice
-    assert_same(params, jax.tree.map(lambda x: jnp.asarray(x - np.float32(0.5) * 2 * x), wanted))
+    equal(params, jax.tree.map(lambda x: jnp.asarray(x - np.float32(0.5) * 2 * x), wanted))
 
 
 def test_no_later_step_deletes_the_averages_of_sharded_parameters():
@@ -82,7 +76,7 @@ def test_no_later_step_deletes_the_averages_of_sharded_parameters():
     kept = jax.tree.map(np.array, averaged)
     assert all(averaged[k].sharding == params[k].sharding for k in TREE)
     step(params, opt_state)
-    assert_same(averaged, kept)
+    equal(averaged, kept)
 
 
 def test_no_later_step_deletes_a_model_of_the_averages():
@@ -113,7 +107,7 @@ def test_an_equinox_model_of_the_averages_keeps_what_is_no_array():
     averaged = emaopt.average(model, state)
     assert averaged.activation is model.activation
     assert averaged.layers[0].weight is not state.shadow.layers[0].weight
-    assert_same(eqx.filter(averaged, eqx.is_array), eqx.filter(model, eqx.is_array))
+    equal(eqx.filter(averaged, eqx.is_array), eqx.filter(model, eqx.is_array))
 
 
 @pytest.mark.parametrize("f", [emaopt.average, emaopt.swap])
@@ -134,9 +128,9 @@ def test_a_step_of_overwrite_shares_no_array_with_the_average():
     step = emaopt.minimize(loss, tx)
     params, opt_state, _ = step(jax.tree.map(jnp.copy, TREE), tx.init(TREE))
     averaged = emaopt.average(params, opt_state)
-    assert_same(averaged, jax.tree.map(np.array, params))
+    equal(averaged, jax.tree.map(np.array, params))
     step(params, opt_state)
-    assert_same(averaged, jax.tree.map(lambda x: 0.5 * x, TREE))
+    equal(averaged, jax.tree.map(lambda x: 0.5 * x, TREE))
 
 
 # two networks in one state
@@ -172,15 +166,15 @@ def test_two_networks_are_told_apart_by_where_they_stand(pair, network, wrap):
     params = pair(network(1.0), network(6.0))
     tx = optax.chain(sgd(), emaopt.ema(0.5))
     both = wrap(pair(tx.init(network(2.0)), tx.init(network(7.0))))
-    assert_same(emaopt.average(params, both), pair(network(2.0), network(7.0)))
+    equal(emaopt.average(params, both), pair(network(2.0), network(7.0)))
     averaged, swapped = emaopt.swap(params, both)
-    assert_same(averaged, pair(network(2.0), network(7.0)))
-    assert_same(emaopt.swap(averaged, swapped), (params, both))
+    equal(averaged, pair(network(2.0), network(7.0)))
+    equal(emaopt.swap(averaged, swapped), (params, both))
     again = emaopt.reset(params, both)
-    assert_same(emaopt.average(params, again), params)
+    equal(emaopt.average(params, again), params)
     # only one of them has an average
     one = wrap(pair(sgd().init(network(1.0)), tx.init(network(7.0))))
-    assert_same(emaopt.average(params, one), pair(network(1.0), network(7.0)))
+    equal(emaopt.average(params, one), pair(network(1.0), network(7.0)))
 
 
 def test_two_networks_with_several_averages_each_are_chosen_by_name():
@@ -192,9 +186,9 @@ def test_two_networks_with_several_averages_each_are_chosen_by_name():
     with pytest.raises(AmbiguousError, match=r"leaf 'disc/dense/kernel' has several.*'gen/slow'"):
         emaopt.average(params, both)
     wanted = {"gen": layer(3.0), "disc": layer(6.0)}
-    assert_same(emaopt.average(params, both, "fast"), wanted)
-    assert_same(emaopt.average(params, both, "gen/fast"), wanted)
-    assert_same(emaopt.average(params, both, "slow"), params)
+    equal(emaopt.average(params, both, "fast"), wanted)
+    equal(emaopt.average(params, both, "gen/fast"), wanted)
+    equal(emaopt.average(params, both, "slow"), params)
     for name in ("gem", "fast/gen", "gen/slow/fast"):
         with pytest.raises(ValueError, match=rf"name='{name}' is not an average"):
             emaopt.average(params, both, name)
@@ -205,12 +199,12 @@ def test_a_part_of_a_part_of_the_parameters():
     params = {"actor": inner, "w": jnp.full(2, 7.0)}
     state = emaopt.ema(0.5).init(jax.tree.map(lambda x: x + 1, inner))
     got = emaopt.average(params, {"actor": state})
-    assert_same(got, {"actor": jax.tree.map(lambda x: x + 1, inner), "w": params["w"]})
+    equal(got, {"actor": jax.tree.map(lambda x: x + 1, inner), "w": params["w"]})
     # the masked average of the whole stays one of the whole, whatever its link is called
     mask = {"actor": {"w": False, "actor": {"w": False}}, "w": True}
     tx = optax.named_chain(("actor", optax.masked(emaopt.ema(0.5), mask)))
     changed = {"actor": inner, "w": jnp.full(2, 8.0)}
-    assert_same(emaopt.average(params, tx.init(changed)), changed)
+    equal(emaopt.average(params, tx.init(changed)), changed)
 
 
 WRONG = """
@@ -271,9 +265,9 @@ def test_an_absent_leaf_has_no_average_in_any_part():
     labels = lambda p: jax.tree_util.tree_map_with_path(label, p)
     tx = optax.partition({"x": emaopt.ema(0.5), "y": emaopt.ema(0.9)}, labels)
     state = tx.init(params)
-    assert_same(emaopt.average(params, state), params)
+    equal(emaopt.average(params, state), params)
     averaged, swapped = emaopt.swap(params, state)
-    assert_same(emaopt.swap(averaged, swapped), (params, state))
+    equal(emaopt.swap(averaged, swapped), (params, state))
 
 
 # starting again
@@ -306,9 +300,9 @@ def test_an_average_starts_again_through_any_wrapper(kind, jit):
     again = (jax.jit(reset) if jit else reset)(moved, state)
     found = emaopt.averages(again)
     chosen = next(iter(found)) if name is None else name
-    assert_same(found[chosen], emaopt.averages(tx.init(moved))[chosen])
+    equal(found[chosen], emaopt.averages(tx.init(moved))[chosen])
     for other in found.keys() - {chosen}:
-        assert_same(found[other], emaopt.averages(state)[other])
+        equal(found[other], emaopt.averages(state)[other])
     # it stays a state of that transformation
     tx.update(updates, again, moved)
     assert found[chosen].shadow["kernel"] is not moved["kernel"]
@@ -319,8 +313,8 @@ def test_an_average_of_packed_parameters_starts_again():
     packed = emaopt.pack(PACKED)
     _, state = tx.update(packed, tx.init(packed), packed)
     again = emaopt.reset(packed, state)
-    assert_same(emaopt.averages(again)["1"], emaopt.averages(tx.init(packed))["1"])
-    assert_same(again[0], state[0])
+    equal(emaopt.averages(again)["1"], emaopt.averages(tx.init(packed))["1"])
+    equal(again[0], state[0])
 
 
 def test_what_cannot_start_again_is_refused():
