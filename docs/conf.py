@@ -78,6 +78,7 @@ docs/api/index
 benchmarks/README
 CHANGELOG
 CONTRIBUTING
+SECURITY
 ```
 """,
     "notebooks/README": """
