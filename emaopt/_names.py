@@ -83,8 +83,8 @@ def _average_names(state: Any, unique: Callable[[str], str]) -> Any:
         "shadow": shadow,
         "residue": residue,
         "ledger": ledger,
+        "rows": _rested_names(state.rows, unique),
     }
-    own |= {"ledger": ledger, "rows": _rested_names(state.rows, unique)}
     return type(state)(**{field: own.get(field, field) for field in state._fields})
 
 
@@ -313,9 +313,8 @@ def variables_to_restore(
     own = jax.tree.leaves(_plain(params))
     stored = jax.tree.leaves(names(opt_state))
     if not _states(opt_state, OptimizerState) and any(not is_inexact(leaf) for leaf in leaves):
-        stored = [
-            name for name in stored if name != GLOBAL_STEP
-        ]  # the average counts that leaf's steps
+        # an integer leaf may be the step itself, so the step of the average is left out
+        stored = [name for name in stored if name != GLOBAL_STEP]
     everything = own + stored
     if moving_average_variables is None:
         averaged = [name for name, leaf in zip(own, leaves, strict=True) if is_inexact(leaf)]
