@@ -30,18 +30,29 @@ def x64():
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Mark most combinations of a `grid` as slow. The rest is its diagonal: each value once."""
-    grids = {}
+    """Mark most cases of a test with `many` cases as slow.
+
+    The others are a diagonal through the parameters, in which each value stands once. Of a long
+    diagonal, `many(n)` keeps n cases.
+    """
+    cases = {}
     for item in items:
-        if item.get_closest_marker("grid"):
-            grids.setdefault(item.nodeid.split("[")[0], []).append(item)
-    for members in grids.values():
+        if item.get_closest_marker("many"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for members in cases.values():
         seen = {axis: {} for axis in members[0].callspec.params}
         rows = [
             {axis: seen[axis].setdefault(id(x), len(seen[axis])) for axis, x in params.items()}
             for params in (item.callspec.params for item in members)
         ]
         longest = max(seen, key=lambda axis: len(seen[axis]))
-        for item, row in zip(members, rows, strict=True):
-            if any(row[axis] != row[longest] % len(values) for axis, values in seen.items()):
+        diagonal = [
+            item
+            for item, row in zip(members, rows, strict=True)
+            if all(row[axis] == row[longest] % len(values) for axis, values in seen.items())
+        ]
+        (keep,) = members[0].get_closest_marker("many").args or (len(diagonal),)
+        fast = diagonal[:: -(-len(diagonal) // keep)]
+        for item in members:
+            if item not in fast:
                 item.add_marker(pytest.mark.slow)

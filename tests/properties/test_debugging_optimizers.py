@@ -44,7 +44,7 @@ def checked():
         yield
 
 
-@pytest.mark.grid
+@pytest.mark.many(8)
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("grads", [SOME, ZERO], ids=["some", "zero"])
 @pytest.mark.parametrize("pack", [lambda tree: tree, emaopt.pack], ids=["leaves", "packed"])
@@ -60,6 +60,7 @@ def test_updates_make_no_nan_and_no_infinity(name, grads, pack):
     assert jax.tree.structure(emaopt.unpack(params)) == jax.tree.structure(SOME)
 
 
+@pytest.mark.many(2)
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_derivatives_of_updates_make_no_nan_and_no_infinity(name):
@@ -75,6 +76,7 @@ def test_derivatives_of_updates_make_no_nan_and_no_infinity(name):
         jax.grad(length, (0, 1))(SOME, grads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("checked")
 def test_steps_make_no_nan_and_no_infinity():
     def loss(params, x):

@@ -72,6 +72,7 @@ def expected(case):
         yield key, name, replay.arrays("training")[f"{case['id']}/{key}"]
 
 
+@pytest.mark.many(2)
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("case", EACH)
 def test_training_under_jit_is_tensorflows_in_every_variable(case):
@@ -109,6 +110,7 @@ def test_global_norm_of_a_training_run_is_tensorflows():
     check(got, replay.arrays("training")[f"{case['id']}/global_norm"])
 
 
+@pytest.mark.many(4)
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("case", replay.cases("averages"), ids=by_id)
 def test_averages_are_tensorflows(case):
@@ -136,6 +138,7 @@ def test_average_of_tensorflows_worked_example():
     np.testing.assert_allclose(shadow, [0, 4.5, 4.555, 4.60945], rtol=1e-6)
 
 
+@pytest.mark.many(5)
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("case", replay.cases("clipping"), ids=by_id)
 def test_clipping_is_tensorflows(case):
@@ -157,6 +160,7 @@ def test_clipping_is_tensorflows(case):
             check(norm, data[f"{case['id']}/{inputs}/norm"])
 
 
+@pytest.mark.many(13)
 @pytest.mark.parametrize("jitted", [True, False])
 @pytest.mark.parametrize("case", replay.cases("schedules"), ids=by_id)
 def test_exponential_decay_is_tensorflows(case, jitted):

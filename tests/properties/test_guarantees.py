@@ -51,6 +51,7 @@ DECAYS = {
 # The average is of the weights after the update, rounded exactly as apply_updates rounds them
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_average_is_of_the_parameters_that_the_update_leads_to(dtype):
     params = params_of(dtype)
@@ -101,7 +102,7 @@ def test_the_average_ticks_if_and_only_if_the_weights_stepped(wrap, bad, ticks):
 # scanned and donated
 
 
-@pytest.mark.grid
+@pytest.mark.many(5)
 @pytest.mark.parametrize("name", DECAYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_average_of_a_constant_is_bitwise_that_constant(name, dtype):
@@ -171,6 +172,7 @@ def test_each_leaf_is_kept_in_the_form_that_suits_it():
 # The shadow is sharded as the parameters are, and the update sends nothing
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("name", DECAYS)
 def test_averaging_is_local_to_every_device(name):
     sharding = NamedSharding(jax.make_mesh((8,), ("x",)), P("x"))
@@ -199,7 +201,7 @@ def restore(path, params, opt_state):
     return emaopt.swap(**ocp.load_checkpointables(path, like))
 
 
-@pytest.mark.grid
+@pytest.mark.many(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stop", [0, 2, 7], ids=["fresh", "before_the_start", "after_the_start"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -254,7 +256,7 @@ def test_a_swapped_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
 # A step that is not finite leaves the average finite
 
 
-@pytest.mark.grid
+@pytest.mark.many(2)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
 def test_a_step_that_is_not_finite_leaves_no_trace(bad, clip):
@@ -285,6 +287,7 @@ def kept(decay, first, last):
     )(state).shadow
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
 @pytest.mark.parametrize("start", [0, 20])
 def test_the_length_does_not_depend_on_the_interval_or_the_start(k, start):
@@ -297,6 +300,7 @@ def test_the_length_does_not_depend_on_the_interval_or_the_start(k, start):
     np.testing.assert_allclose(kept(power, start + 50, start + 100), 0.5**7.94, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 5])
 def test_every_k_with_power_is_the_power_average_of_every_kth_value(k):
     mean = emaopt.moving_average(emaopt.every(k, emaopt.power(2.0)))

@@ -141,6 +141,7 @@ def test_importing_the_package_loads_jax_numpy_and_optax_only():
     assert not loaded_by("import emaopt") & HEAVY
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("command", ["", "demo", "ls", "convert", "merge", "diff"])
 def test_help_loads_nothing_heavy(command):
     code = (

@@ -195,6 +195,7 @@ def test_the_mean_of_bfloat16_parameters_goes_on_after_a_thousand_steps():
 # nnx.EMA: keys of dropout cannot be multiplied, counters are truncated
 
 
+@pytest.mark.slow
 def test_the_keys_counters_and_statistics_of_an_nnx_model_are_averaged_or_carried():
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -227,6 +228,7 @@ def test_the_keys_counters_and_statistics_of_an_nnx_model_are_averaged_or_carrie
 # diffusers: averages of adapters alone
 
 
+@pytest.mark.slow
 def test_the_average_of_adapters_costs_nothing_for_what_is_frozen():
     model = nnx.LoRA(8, 2, 8, base_module=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
     tx = optax.chain(optax.sgd(0.5), emaopt.ema(0.5))

@@ -176,7 +176,7 @@ PLACES = {
 }
 
 
-@pytest.mark.grid
+@pytest.mark.many(3)
 @each_transformation
 @pytest.mark.parametrize("place", PLACES)
 def test_in_every_place_the_numbers_are_the_plain_ones_compiled_once(name, place):
@@ -192,6 +192,7 @@ def test_in_every_place_the_numbers_are_the_plain_ones_compiled_once(name, place
     assert step._cache_size() == 1
 
 
+@pytest.mark.many(6)
 @each_transformation
 def test_jitted_as_op_by_op(name):
     tx = make(name)
@@ -202,6 +203,7 @@ def test_jitted_as_op_by_op(name):
     close(plain(name), carry)
 
 
+@pytest.mark.many(10)
 @each_transformation
 def test_a_scan_is_the_loop(name):
     tx = make(name)
@@ -210,6 +212,7 @@ def test_a_scan_is_the_loop(name):
     close(scan((PARAMS, tx.init(PARAMS)))[0], plain(name))
 
 
+@pytest.mark.many(2)
 @each_transformation
 def test_an_ensemble_under_vmap_is_its_members(name):
     tx = make(name)
@@ -229,6 +232,7 @@ def test_an_ensemble_under_vmap_is_its_members(name):
     assert step._cache_size() == 1
 
 
+@pytest.mark.many(4)
 @each_transformation
 def test_a_donated_step_reuses_every_buffer(name):
     tx = make(name)
@@ -241,6 +245,7 @@ def test_a_donated_step_reuses_every_buffer(name):
     close(carry, plain(name))
 
 
+@pytest.mark.many(2)
 @each_transformation
 def test_hyper_parameters_may_be_traced(name):
     factory, hyper = TRANSFORMATIONS[name]
@@ -259,6 +264,7 @@ def test_hyper_parameters_may_be_traced(name):
     assert traced._cache_size() == 1
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if NUMBERS[name]])
 def test_an_injected_hyper_parameter_may_change_without_recompiling(name):
     factory, hyper = TRANSFORMATIONS[name]

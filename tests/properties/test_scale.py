@@ -73,6 +73,7 @@ def test_training_on_a_mesh_is_training_on_one_device(name, kind):
         assert_at(like_params, places[0])
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", sharded.MESHES)
 def test_clipping_optimizer_and_average_send_nothing_but_scalars(name):
     """One for each leaf that is in parts, at most: its share of the global norm."""

@@ -91,6 +91,7 @@ def assert_beside_params(tree, params):
         assert len(leaf.sharding.device_set) == 8
 
 
+@pytest.mark.many(20)
 @each
 @each_mesh
 def test_states_are_made_where_their_parameters_are(name, kind):
@@ -99,7 +100,7 @@ def test_states_are_made_where_their_parameters_are(name, kind):
 
 
 # a lone step, all that gradient descent has, is a constant that jit makes on one device
-@pytest.mark.grid
+@pytest.mark.many(10)
 @pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "gradient_descent"])
 @each_mesh
 def test_states_are_made_where_their_parameters_are_under_jit(name, kind):
@@ -107,7 +108,7 @@ def test_states_are_made_where_their_parameters_are_under_jit(name, kind):
     assert_beside_params(jax.jit(TRANSFORMATIONS[name].init)(params), params)
 
 
-@pytest.mark.grid
+@pytest.mark.many(2)
 @each
 @each_mesh
 def test_a_step_keeps_shardings_and_numbers_and_compiles_once(name, kind):
@@ -125,13 +126,14 @@ def test_a_step_keeps_shardings_and_numbers_and_compiles_once(name, kind):
         )
 
 
-@pytest.mark.grid
+@pytest.mark.many(3)
 @pytest.mark.parametrize("name", ELEMENTWISE)
 @each_mesh
 def test_optimizers_and_averages_compile_to_no_collective(name, kind):
     assert collectives(compiled(name, kind)) == []
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("name", NORMS)
 @each_mesh
 def test_a_norm_costs_one_reduction_of_scalars(name, kind):

@@ -102,6 +102,7 @@ def off(got, arrays):
     return worst
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", sorted(CASES.keys() - OF_ITS_OWN))
 def test_rows_have_the_numbers_of_tf1s_sparse_kernels(name):
     case, arrays = CASES[name], arrays_of(name)
@@ -117,6 +118,7 @@ def test_tf1s_adam_moves_every_row_as_a_dense_gradient_does():
     assert off(run(case, arrays, sparsely(lazy), lazy), arrays) > 1000
 
 
+@pytest.mark.slow
 def test_tf1_clips_by_the_norm_of_the_rows_before_they_are_added_up():
     """With that norm given, the numbers are TF1's. `momentum_clipped_unique` has the other norm."""
     case, arrays = CASES["momentum_clipped"], arrays_of("momentum_clipped")

@@ -34,6 +34,7 @@ def test_the_average_is_as_many_samples_behind(batch, accumulated, interval):
     assert abs(behind - (HALF_LIFE / math.log(2) - stride / 2)) < rest + 0.02
 
 
+@pytest.mark.many(3)
 @each_way
 def test_the_weight_of_all_older_samples_is_the_same(batch, accumulated, interval):
     per_update = batch * accumulated

@@ -46,6 +46,7 @@ def ideal(decay, advances):
     return np.bincount(np.append(0, batch), of_tokens)
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("decay", EXACT)
 def test_a_batch_ramp_has_the_profile_of_single_tokens(decay):
     state = weights(EXACT[decay], RAMP)

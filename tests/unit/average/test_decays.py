@@ -67,6 +67,7 @@ PERIODIC = {
 }
 
 
+@pytest.mark.many(9)
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", RATES)
 def test_the_effective_rate_is_right_at_any_t(name, jit):
@@ -74,6 +75,7 @@ def test_the_effective_rate_is_right_at_any_t(name, jit):
     np.testing.assert_allclose(effective(decay, TIMES, jit), rate(TIMES * 1.0), rtol=1e-5)
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", PERIODIC)
 def test_the_effective_rate_over_n_updates_is_right_at_any_t(name, jit):
@@ -83,6 +85,7 @@ def test_the_effective_rate_over_n_updates_is_right_at_any_t(name, jit):
     assert not effective(decay, times - 1, jit).any()
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("start", [1, 5, 10**7])
 @pytest.mark.parametrize("name", RATES)
 def test_after_restarts_the_clock_and_copies_before(name, start):
@@ -164,6 +167,7 @@ COMPOSED = {
 }
 
 
+@pytest.mark.many(8)
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed_decays_are_their_definition(name, jit):
@@ -230,6 +234,7 @@ def test_warmup_is_bitwise_tf1(d, jit):
     np.testing.assert_array_equal(effective(warmup(d), times, jit), np.float32(1) - decay)
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.floats(0, 1).filter(lambda d: np.float32(d) < 1 or d == 1))
 def test_a_constant_decay_is_bitwise_tf1(d):
@@ -262,6 +267,7 @@ def test_a_decay_may_depend_on_a_traced_value():
     assert rate(0.75, 2) == 0.25
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize(
     "make",
     [
@@ -310,6 +316,7 @@ def trajectory(name):
     return jax.jit(lambda values: jax.lax.scan(step, average.init(values[0]), values[1:])[1])
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("name", LAWFUL)
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(values=FLOATS)
@@ -333,6 +340,7 @@ def test_decay_is_public():
     assert isinstance(power(0), emaopt.Decay)
 
 
+@pytest.mark.many(7)
 @pytest.mark.parametrize("t", [0, 1, 2, 40])
 @pytest.mark.parametrize(
     "decay",

@@ -71,6 +71,7 @@ def test_an_absent_value_leaves_its_average():
     bitwise(state.shadow, {"a": jnp.ones(2), "b": jnp.full(2, 0.5)})
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize(
     ("dtype", "shadow"),
     [
@@ -193,6 +194,7 @@ def trajectory(tx, steps=30):
     return np.concatenate([start[None], params]), np.concatenate([start[None], shadow])
 
 
+@pytest.mark.many(7)
 @pytest.mark.parametrize("name", DECAYS)
 def test_in_a_chain_the_average_is_that_of_the_definition(name):
     decay, beta = DECAYS[name]
@@ -508,6 +510,7 @@ def test_params_that_do_not_belong_to_the_state_are_refused(call):
         call({"w": jnp.zeros(2)}, optax.adam(0.1).init({"w": jnp.zeros(2)}))
 
 
+@pytest.mark.slow
 def test_without_an_argument_an_average_is_scale_free():
     params = jnp.eye(401)
     tx = emaopt.ema()

@@ -343,6 +343,7 @@ def test_diloco_is_an_outer_step_with_nesterov_momentum():
     assert_followed(emaopt.overwrite(3, emaopt.ema(1.0), outer=outer), wanted)
 
 
+@pytest.mark.slow
 def test_workers_on_an_axis_share_the_outer_step():
     outer = optax.chain(
         optax.stateless(lambda g, p: jax.lax.pmean(g, "worker")), optax.sgd(0.7, 0.9, nesterov=True)
@@ -382,6 +383,7 @@ def test_a_strength_moves_the_parameters_part_of_the_way():
     bitwise(zero[5][0], emaopt.average(*zero[5]))
 
 
+@pytest.mark.slow
 def test_an_outer_step_of_a_compensated_average_loses_nothing_to_rounding():
     def after(accumulator_dtype, params):
         point = emaopt.ema(1.0, accumulator_dtype=accumulator_dtype)

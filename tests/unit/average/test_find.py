@@ -47,6 +47,7 @@ KINDS = {
 }
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_no_later_step_deletes_the_averages(kind, how):
@@ -287,6 +288,7 @@ RESTARTED = {
 }
 
 
+@pytest.mark.many(4)
 @jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("kind", RESTARTED)

@@ -90,6 +90,7 @@ def test_bad_parameters_leave_their_leaf_and_only_it(kind, bad):
         assert state.state.shadow["b"].tolist() == [3.5]
 
 
+@pytest.mark.many(3)
 @bad
 @kinds
 def test_a_poisoned_leaf_starts_again_from_the_parameters_and_is_counted(kind, bad):

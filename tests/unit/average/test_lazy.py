@@ -102,6 +102,7 @@ def assert_close(got, want, share=1e-6):
         np.testing.assert_allclose(np.complex128(a), np.complex128(b), rtol=0, atol=share * largest)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_every_row_is_as_in_an_average_of_all_rows_after_every_step(decay):
     decay = DECAYS[decay]
@@ -111,6 +112,7 @@ def test_every_row_is_as_in_an_average_of_all_rows_after_every_step(decay):
         assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [False, True])
 def test_where_the_decay_is_0_or_1_it_is_exact(jitted):
     read = jax.jit(emaopt.average) if jitted else emaopt.average
@@ -142,6 +144,7 @@ def test_the_parameters_from_before_the_update():
     np.testing.assert_allclose(got[touched_last], want[12][touched_last], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_float64_average_has_times_of_float64(x64):
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), PARAMS)
     decay = emaopt.half_life(5.0)
@@ -162,6 +165,7 @@ def test_compensated_it_is_as_exact_as_float64():
     np.testing.assert_allclose(lazy[-1]["table"], want[-1], rtol=2e-7, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulator", [jnp.bfloat16, emaopt.stochastic()])
 def test_in_two_bytes_to_their_precision(accumulator):
     carry, lazy = lazily(
@@ -182,6 +186,7 @@ def test_complex_tables():
     assert_close(lazy[-1], dense[-1])
 
 
+@pytest.mark.slow
 def test_over_a_million_updates():
     """The sum of logarithms is compensated: alone it would be off by 0.8 % after so many."""
     decay = 0.9
@@ -305,6 +310,7 @@ def test_stacked_and_the_ledger():
     np.testing.assert_array_equal(slow.shadow["table"], both["table"][1])
 
 
+@pytest.mark.slow
 def test_healed_a_bad_row_keeps_its_average():
     tx = optax.chain(emaopt.gradient_descent(0.1), emaopt.heal(emaopt.ema(0.9, rows=TABLES)))
     (params, opt_state), _ = lazily(tx, PARAMS, steps=10)
@@ -377,6 +383,7 @@ def test_a_moving_average_of_whole_trees():
     jax.tree.map(np.testing.assert_array_equal, state.shadow, want.shadow)
 
 
+@pytest.mark.slow
 def test_without_the_values_from_before_a_row_that_rested_is_nan():
     mean = emaopt.moving_average(0.9, rows=TABLES)
     state = mean.init(PARAMS)

@@ -69,6 +69,7 @@ def sgd(rate):
     return lambda g, y, z, slots, t: -rate * g
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize(
     ("average", "decay"),
     [
@@ -239,6 +240,7 @@ def test_the_points_of_bfloat16_parameters_are_not_rounded_to_bfloat16():
     assert optax.tree.norm(distance) < 0.05 * optax.tree.norm(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_accumulated_and_skipped_steps_do_not_count(dtype):
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
@@ -282,6 +284,7 @@ def test_a_leaf_without_an_average_takes_the_plain_step():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_run_is_resumed_bit_for_bit_with_its_averages_under_the_original_names(dtype, tmp_path):
     tx = emaopt.primal(emaopt.adam(0.01, beta1=0.0), emaopt.ema(emaopt.power(0)))

@@ -57,6 +57,7 @@ def followed(kind, gap, decay=0.9999, updates=4000):
     return moved @ way / (way @ way), float(held)
 
 
+@pytest.mark.slow
 def test_rounded_to_nearest_a_small_gap_is_never_closed():
     part, stalled = followed(None, 1e-4, updates=20_000)
     assert part < 0.1
@@ -85,6 +86,7 @@ def test_stochastic_is_right_on_average(gap, tolerance):
     assert abs(part - 1) < tolerance
 
 
+@pytest.mark.slow
 def test_the_bits_of_stochastic_depend_on_step_leaf_and_place_alone():
     mean = emaopt.moving_average(0.99, accumulator_dtype=emaopt.stochastic())
     x = start().reshape(64, -1)
@@ -181,6 +183,7 @@ def test_nan_stays_nan(x):
     assert jnp.isnan(got).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sign", "second"), [(1, 0xFFFF), (-1, 0)])
 def test_the_chance_of_the_smallest_increments_is_right_up_and_down(monkeypatch, sign, second):
     """Below and above a power of 2 the units differ. 2**-37 is 4 in 2**16 of one of float32."""
@@ -218,6 +221,7 @@ def test_a_sum_and_what_rounding_took_from_it_are_exact(x, increment):
     assert Fraction(float(total)) + Fraction(float(lost)) == Fraction(x) + Fraction(increment)
 
 
+@pytest.mark.many(2)
 @kinds
 def test_dtypes_are_those_of_init_under_scan_donation_and_vmap(kind):
     mean = emaopt.moving_average(0.9, accumulator_dtype=kind, ledger=True)
@@ -264,6 +268,7 @@ def test_what_to_evaluate_with_has_the_residue_in_it():
     assert abs(state.shadow["w"].astype(jnp.float32) - params["w"]).max() > 1e-3
 
 
+@pytest.mark.many(2)
 @kinds
 def test_resuming_goes_on_bit_for_bit(kind, tmp_path):
     tx = emaopt.ema(0.99, accumulator_dtype=kind, ledger=True)

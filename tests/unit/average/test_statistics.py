@@ -88,6 +88,7 @@ def by_hand(statistics=None):
     return found
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     ("momentum", "rtol"), [(0.0, 2e-6), (0.9, 3e-6), (0.99, 6e-6), (0.999, 6e-5)]
 )
@@ -188,6 +189,7 @@ def test_an_equinox_state_and_its_integers(mode):
     np.testing.assert_allclose(var, BATCHES.var(1).mean(0), rtol=6e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_statistics_stay_where_they_are_and_forward_is_compiled_once(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
@@ -207,6 +209,7 @@ def test_statistics_stay_where_they_are_and_forward_is_compiled_once(kind):
     np.testing.assert_allclose(got["mean"], batches.mean((0, 1)), rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_complex_and_double_statistics(x64):
     batches = np.random.default_rng(0).normal(size=(3, 4, 2))
     batches = jnp.asarray(batches + 1j * batches[::-1])

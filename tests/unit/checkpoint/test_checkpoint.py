@@ -191,6 +191,7 @@ def test_nothing_is_stored_twice(tmp_path):
     assert bytes_of(tmp_path / "swapped") < 1.05 * bytes_of(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_resume_that_forgets_to_swap_back_fails(run):
     path, params, opt_state = run
     with pytest.raises(Exception, match=r"emaopt_swapped|structure"):
@@ -263,6 +264,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.many(15)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_averages_of_any_checkpoint(layout, name, tmp_path):
@@ -318,6 +320,7 @@ def test_sources_show_what_is_read(run, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_linen_train_state_with_batch_statistics(tmp_path):
     class Net(linen.Module):
         @linen.compact
@@ -395,6 +398,7 @@ def test_a_dataclass_module(tmp_path):
     bitwise(averaged, emaopt.average(params, opt_state))
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("spec", [("x", None), (None, "x"), (None, None)])
 def test_restored_onto_another_mesh(devices, spec, tmp_path_factory, sharded_run):
@@ -601,6 +605,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_before_anything_is_read(mistake, run, monkeypatch):
     call, message = MISTAKES[mistake]

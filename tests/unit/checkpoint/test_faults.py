@@ -68,6 +68,7 @@ def test_every_flipped_bit_changes_the_digest(name):
             assert np.asarray(digests([jnp.asarray(flipped)]))[0] != want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [2**22, 3])
 def test_the_digest_is_that_of_the_value_wherever_it_is(at_once, monkeypatch):
     monkeypatch.setattr("emaopt.checkpoint._digest.ELEMENTS_AT_ONCE", at_once)

@@ -232,6 +232,7 @@ def test_another_dtype_stays_as_passed_and_integers_go_on(tmp_path):
     np.testing.assert_array_equal(state[1].shadow["w"], np.ones(3))  # the average is float32
 
 
+@pytest.mark.slow
 def test_averages_of_rows_go_on_as_they_were(tmp_path):
     params = {"table": jnp.arange(12.0).reshape(6, 2)}
     tx = optax.chain(optax.sgd(0.1), emaopt.ema(0.5, rows={"table": True}))

@@ -310,6 +310,7 @@ def test_reading_takes_constant_memory(tmp_path):
     assert memory() - before < 10e6
 
 
+@pytest.mark.slow
 def test_thousands_of_wrong_names_are_told_at_once_and_in_short(tmp_path):
     def layers(name):
         return {f"layer{i}": {name: {"kernel": np.ones(1)}} for i in range(2000)}

@@ -83,6 +83,7 @@ KINDS = {
 }
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tree_is_resumed_and_its_averages_are_restored(kind, tmp_path):
     params = KINDS[kind]()
@@ -152,6 +153,7 @@ def test_model_and_optimizer_stay_one(tmp_path):
     same(nnx.state(resumed), nnx.state(optimizer))
 
 
+@pytest.mark.slow
 def test_many_sharded_leaves_on_eight_devices(tmp_path):
     """More collectives than the CPU's few threads bear at once, if nothing waited for them."""
     mesh = jax.make_mesh((4, 2), ("a", "b"))
@@ -166,6 +168,7 @@ def test_many_sharded_leaves_on_eight_devices(tmp_path):
     assert got[0]["w7"].sharding == sharding
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     "tx",
     [
@@ -226,6 +229,7 @@ def test_two_networks_in_one_state(tmp_path):
     same(checkpoint.restore_averages(tmp_path, like=params), want | {"disc": params["disc"]})
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", [None, "slow"])
 @pytest.mark.parametrize("dtype", [None, emaopt.compensated()])
 def test_rows_that_have_rested_are_brought_up_to_date(name, dtype, tmp_path):

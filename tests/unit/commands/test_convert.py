@@ -91,6 +91,7 @@ def listed(capsys, path):
     return shown, {leaf["name"]: leaf for leaf in shown["leaves"]}
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize(
     "run",
     ["adam", "rmsprop_centered_swapped", "float64", "bfloat16", "other_name", "no_average", "slim"],
@@ -153,6 +154,7 @@ def test_averages_of_some_variables_go_with_the_other_variables(tmp_path):
 NAME = "ExponentialMovingAverage"
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(
     ("run", "average_name"), [*((run, NAME) for run in CHAINS), ("adam", "{}/of/{}")]
@@ -372,6 +374,7 @@ def test_a_process_of_another_user_is_running(monkeypatch):
     assert paths._is_running(1)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_as_the_cause(orbax, tmp_path):
     """The limit on the size of a file stands for the disk: both fail in the same place."""
     code = (

@@ -356,6 +356,7 @@ def test_a_cut_off_file_is_no_difference(tmp_path, capsys):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error_and_the_code_stays(pair):
     read, write_end = os.pipe()
     os.close(read)

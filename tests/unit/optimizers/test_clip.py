@@ -71,6 +71,7 @@ def test_only_the_global_norm_is_of_all_leaves():
     )
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("axes", [0, 1, -1, -2, (0,), (0, 1), [0, -1], np.int64(1), ()])
 def test_axes_clip_every_slice_by_itself(axes):
     x = np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)
@@ -181,6 +182,7 @@ def test_use_norm_reaches_through_a_chain():
     np.testing.assert_array_equal(got, [1.5, 2.0])
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", CLIPS)
 def test_zero_stays_zero_and_the_derivative_there_is_the_identity(name):
     zero = jnp.zeros((2, 2))
@@ -277,6 +279,7 @@ NORMS = {
 }
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("bound", [np.inf, 1e39, 1e38, 2e19, float("inf"), jnp.float32(np.inf)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
