@@ -216,8 +216,8 @@ def gradients(params, x, y):
     }
 
 
-def averaged(trees):
-    beta = reference.warmup(0.99)
+def averaged(trees, gamma):
+    beta = reference.power(gamma)
     return {name: reference.theta_bar(beta, [t[name] for t in trees])[-1] for name in trees[0]}
 
 
@@ -235,13 +235,13 @@ def by_hand(example):
         params = {k: params[k] - 0.1 * a[k] for k in params}
         trees.append(params)
         statistics.append({k: 0.9 * v + 0.1 * own[k] for k, v in statistics[-1].items()})
-    average = averaged(trees)
+    average = averaged(trees, emaopt.posthoc.gamma(0.10))
     measured = [own_statistics(average, x) for x, _ in batches]
     return SimpleNamespace(
         params=params,
         average=average,
         copied=statistics[-1],
-        smooth=averaged(statistics),
+        smooth=averaged(statistics, 7),
         measured={k: np.mean([m[k] for m in measured], axis=0) for k in measured[0]},
     )
 
