@@ -16,8 +16,8 @@ from emaopt._extras import require
 
 START = """\
 A small network of two convolutions and two dense layers learns to read 898 real
-handwritten digits, on the CPU, in {epochs} epochs. After each update, its parameters
-are averaged by emaopt.ema(emaopt.warmup(0.99)): over about the last 100 updates.
+handwritten digits, on the CPU, in {epochs} epochs. After each update its
+parameters are averaged by emaopt.ema(), over the last tenth of the updates.
 Every epoch is saved in {out}/checkpoints. Ctrl-C is safe:
 --resume goes on. It starts in some seconds, when the step is compiled.
 """

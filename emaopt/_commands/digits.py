@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 
 BATCH_SIZE = 32
-DECAY = 0.99
 STEPS_PER_POINT = 7  # of a curve in TensorBoard
 
 
@@ -156,13 +155,14 @@ def _optimizer_and_step(steps: int) -> tuple[Any, Callable[..., Any]]:
 
     import emaopt
     from emaopt import summary
+    from emaopt._average.decays import SCALE_FREE
 
     rate = emaopt.exponential_decay(0.006, decay_steps=6 * steps, decay_rate=0.9, staircase=True)
-    clip, decay = emaopt.clip_by_global_norm(1.0), emaopt.warmup(DECAY)
+    clip = emaopt.clip_by_global_norm(1.0)
     tx = optax.chain(
         clip,
         emaopt.rmsprop(rate, decay=0.9, momentum=0.9, epsilon=1e-3),
-        emaopt.ema(decay),
+        emaopt.ema(),
     )
 
     def loss(params, images, labels):
@@ -176,7 +176,7 @@ def _optimizer_and_step(steps: int) -> tuple[Any, Callable[..., Any]]:
         with jax.named_scope("update"):
             params, opt_state = emaopt.apply_gradients(tx, grads, params, opt_state)
         with jax.named_scope("summary"):
-            known = {"grads": grads, "clip": clip, "learning_rate": rate, "decay": decay}
+            known = {"grads": grads, "clip": clip, "learning_rate": rate, "decay": SCALE_FREE}
             scalars = summary.scalars(params, opt_state, **known, loss=value)
         return params, opt_state, scalars
 

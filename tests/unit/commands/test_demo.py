@@ -77,7 +77,7 @@ def test_it_says_at_once_what_it_does_and_in_the_end_what_to_do_next(finished):
     out, done = finished
     start, end = done.stdout.split("epoch    loss")
     (images, _), _ = digits.digits()
-    told = (f"{len(images)} real", f"in {EPOCHS} epochs", f"warmup({digits.DECAY})", str(out))
+    told = (f"{len(images)} real", f"in {EPOCHS} epochs", "emaopt.ema()", str(out))
     for text in told:
         assert text in start
     assert max(map(len, demo.START.splitlines())) <= 80
