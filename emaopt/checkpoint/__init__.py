@@ -12,6 +12,7 @@ and the optimizer around the average, need not be known to read the averages.
 
 from typing import Any
 
+from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
 from emaopt._tree.checks import written_names
@@ -24,6 +25,7 @@ from ._managers import from_items as from_items, items as items
 from ._partial import load_params
 from ._resume import resume as resume, resume_partial as resume_partial
 from ._run import locate
+from ._shards import is_tensors, load_tensors
 from ._snapshot import snapshot as snapshot
 from ._stored import Stored
 from ._trees import named_leaves
@@ -176,11 +178,14 @@ def restore_averages(
 ) -> Params:
     """Read the averages of a checkpoint, without knowing the optimizer.
 
-    It may be saved by `save` or by plain Orbax, with an `EmaState` anywhere in it. Leaves that have
-    no average are the parameters. Nothing else is read.
+    It may be saved by `save`, `snapshot` or plain Orbax, with an `EmaState` anywhere in it. Leaves
+    that have no average are the parameters. Nothing else is read. A `.safetensors` file, or the
+    index of several, is read by the names of its tensors, or by those that `export_averages` had
+    before `rename`. Its batch statistics are `{"batch_stats": ...}` in `like`.
 
     Args:
-        path: the absolute path of a run or of one checkpoint.
+        path: the absolute path of a run, of one checkpoint, of a `.safetensors` file or of a
+            `.safetensors.index.json`.
         like: the parameters, real or abstract, with the shardings wanted.
         step: which checkpoint of a run; by default the newest that is finished.
         name: which average, if there are several: a key of `emaopt.averages(opt_state)`, or keys
@@ -195,6 +200,10 @@ def restore_averages(
         DamagedError: a file is missing, cut off, or not what was saved.
         FileNotFoundError: there is no such checkpoint.
     """
+    if is_tensors(path):
+        if step is not None or name is not None:
+            raise ValueError(f"path={str(path)!r} holds one average. Leave step= and name= out.")
+        return load_tensors(Path(path), like, cast)
     return Stored(locate(path, step)).load_averages(like, name, cast)
 
 

@@ -19,6 +19,7 @@ from ._place import (
     LEDGER,
     NOW,
     RESIDUE,
+    REST,
     ROWS,
     SHADOW,
     STEP,
@@ -104,7 +105,9 @@ class Contents:
             MismatchError: there is no average, or none of that name.
         """
         found = list(self.averages.values())
-        if not found and (name is not None or {path[0] for path in self.index} != EXPORTED):
+        if not found and (
+            name is not None or {path[0] for path in self.index} - {REST} != EXPORTED
+        ):
             has = sorted({"/".join(filter(None, path[:2])) for path in self.index})
             raise MismatchError(
                 f"checkpoint {self.checkpoint} holds no average. It has {few(has)}. Save the "

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._tree.checks import describe
+from emaopt._tree.paths import printable
+
 
 class Target(NamedTuple):
     """Where a leaf is read to: the host, the default device (uncommitted), or over a sharding."""
@@ -52,6 +55,23 @@ def _is_array(leaf: Any) -> bool:
 
 def _kind(leaf: Any) -> str:
     return np.dtype(leaf.dtype).kind if _is_array(leaf) else np.asarray(leaf).dtype.kind
+
+
+def differs(name: str, leaf: Any, stored: Any, also: Any = None) -> str:
+    """Say what is wrong with the shape or dtype that was asked for; "" if nothing is.
+
+    Args:
+        name: the name of the leaf.
+        leaf: the template.
+        stored: the form of the stored leaf.
+        also: another form whose dtype is fine.
+    """
+    name = printable(name)
+    if shape(leaf) != shape(stored):
+        return f"{name} has shape {shape(stored)}, asked for as {shape(leaf)}"
+    if not (same_kind(leaf, stored) or (also is not None and same_kind(leaf, also))):
+        return f"{name} is {describe(stored)}, asked for as {describe(leaf)}"
+    return ""
 
 
 def target_of(leaf: Any, stored: Any) -> Target:

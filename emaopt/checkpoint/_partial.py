@@ -19,7 +19,7 @@ from emaopt._tree.paths import KeyPath, Tree, few
 
 from ._contents import Contents
 from ._errors import MismatchError, missing
-from ._leaf import same_kind, shape
+from ._leaf import differs, same_kind, shape
 from ._place import LEDGER, RESIDUE, ROWS, SHADOW, STEP, Average, Place
 from ._stored import Stored
 from ._trees import leaves_by_path, logical, named_leaves
@@ -266,7 +266,7 @@ def load_params(stored: Stored, like: Tree) -> Tree:
     lost = [name for name in named if name not in raw]
     stored.refuse(
         missing(lost, list(raw) if lost else []),
-        [stored.differs(raw[name], leaf, forms[raw[name]]) for name, leaf in there.items()],
+        [differs("/".join(raw[name]), leaf, forms[raw[name]]) for name, leaf in there.items()],
     )
     values = stored.fetch({name: (raw[name], leaf) for name, leaf in there.items()})
     return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in named])

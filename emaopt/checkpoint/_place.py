@@ -16,6 +16,7 @@ from emaopt._tree.paths import KeyPath
 DIGESTS = "digests"  # the item with one number per leaf
 STAMP = "stamp"  # a leaf of it: which save, of which step
 UNTOLD = 2**64 - 1  # the step in it, if it is not known
+REST = "rest"  # the item with what else was saved
 EXPORTED = {"params", DIGESTS}  # the items of a checkpoint that holds averages alone
 SHADOW, STEP, RESIDUE, LEDGER, SWAPPED = "shadow", "step", "residue", "ledger", "emaopt_swapped"
 ROWS, NOW, THEN = "rows", "now", "then"

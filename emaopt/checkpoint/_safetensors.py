@@ -6,6 +6,8 @@ byte of each tensor. https://github.com/huggingface/safetensors describes the fo
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -39,23 +41,48 @@ class Tensor(NamedTuple):
     start: int
 
 
+def tensor_texts(path: Path) -> dict[str, str]:
+    """Read the metadata that a file holds beside its tensors.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with _naming(path), path.open("rb") as file:
+        length = _length(path, file)
+        return json.loads(file.read(length)).get("__metadata__") or {}
+
+
 def tensors(path: Path) -> dict[str, Tensor]:
     """Read the header: every tensor, by name. No value is read."""
-    try:
+    with _naming(path):
         return _header(path)
-    except Exception as error:  # a header that is no JSON, or not of this form: many types
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file it was. A header may be no JSON, or not of this form: many types of errors."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(
             f"{path} is damaged, or no .safetensors file ({type(error).__name__}: {error}). Pass "
             "another file"
         ) from error
 
 
+def _length(path: Path, file: Any) -> int:
+    """Read the length of the header."""
+    size = os.path.getsize(path)
+    length = int.from_bytes(file.read(8), "little")
+    if length > size:
+        raise ValueError(f"a header of {length} bytes in {size}")
+    return length
+
+
 def _header(path: Path) -> dict[str, Tensor]:
     size = os.path.getsize(path)
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size:
-            raise ValueError(f"a header of {length} bytes in {size}")
+        length = _length(path, file)
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
     found = {}

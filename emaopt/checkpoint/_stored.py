@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from etils.epath import Path
 
-from emaopt._tree.checks import check_array, describe
+from emaopt._tree.checks import check_array
 from emaopt._tree.paths import KeyPath, Tree, printable
 
 from ._contents import Contents
 from ._errors import DamagedError, MismatchError, cause, missing, shortened
 from ._item import METADATA, Item, LeafError, read_json
-from ._leaf import HOST, Target, are_floating, is_key, like_leaf, same_kind, shape, target_of
+from ._leaf import HOST, Target, are_floating, differs, is_key, like_leaf, target_of
 from ._place import DIGESTS, SHADOW, STAMP, UNTOLD, Place, by_item, evaluated
 from ._run import FINISHED, is_finished
 from ._trees import leaves_by_path, logical, merged, named_leaves
@@ -96,7 +96,7 @@ class Stored:
             if path in self.items[name]
         }
         forms = self.forms(leaves)
-        wrong = [self.differs(path, leaf, forms[path]) for path, leaf in leaves.items()]
+        wrong = [differs("/".join(path), leaf, forms[path]) for path, leaf in leaves.items()]
         self.refuse(
             [
                 f"there is no item {name!r}, only {', '.join(sorted(self.items))}"
@@ -120,42 +120,52 @@ class Stored:
         return result
 
     def load_averages(self, like: Tree, name: str | None, cast: bool) -> Tree:
-        """Load the averages, in the structure, dtypes and shardings of `like`.
+        """Load the averages, in structure, dtypes and shardings of `like`; see `load_leaves`."""
+        wanted = named_leaves(like)
+        values = self.load_leaves(wanted, name, cast)
+        return jax.tree.unflatten(jax.tree.structure(like), [values[leaf] for leaf in wanted])
+
+    def load_leaves(
+        self,
+        wanted: dict[KeyPath, Any],
+        name: str | None,
+        cast: bool,
+        part: Collection[KeyPath] | None = None,
+    ) -> dict[KeyPath, Any]:
+        """Load the averages of some parameters, each in the dtype and sharding of its template.
 
         Args:
-            like: the parameters, real or abstract.
+            wanted: by the name of a parameter, its template, real or abstract.
             name: which average, see `Contents.called`.
             cast: whether another dtype than those of parameter and average is fine. In a snapshot,
                 where the parameters are not stored, any floating-point dtype is.
+            part: those that are read, if not all. All are checked.
 
         Raises:
             MismatchError: names, shapes or dtypes differ; all problems at once, before anything is
                 read.
         """
-        wanted = named_leaves(like)
         for leaf_name, leaf in wanted.items():
             check_array("/".join(leaf_name), leaf, "like")
         contents = self.contents
         places = contents.places(wanted, name)
-        there = {leaf_name: leaf for leaf_name, leaf in wanted.items() if leaf_name in places}
         forms = self.forms({path for place in places.values() for path in place if path})
         wrong = []
-        for leaf_name, leaf in there.items():
-            place = places[leaf_name]
+        for leaf_name, place in places.items():
+            leaf = wanted[leaf_name]
             free = cast or (contents.is_snapshot and are_floating(leaf, forms[place.path]))
             also = leaf if free else forms[place.param]
-            wrong.append(self.differs(place.path, leaf, forms[place.path], also))
-        known = [logical(path[1:]) for path in self.paths()] if len(there) < len(wanted) else []
+            wrong.append(differs("/".join(place.path), leaf, forms[place.path], also))
+        lost = [leaf_name for leaf_name in wanted if leaf_name not in places]
+        above = [] if places else self._above(wanted, name)
         self.refuse(
-            missing([leaf_name for leaf_name in wanted if leaf_name not in places], known),
+            missing(lost, [logical(path[1:]) for path in self.paths()] if lost else []),
             wrong,
-            []
-            if places
-            else [f"pass that part alone, like[{k!r}]" for k in self._above(wanted, name)],
+            [f"pass that part alone, like[{key!r}]" for key in above],
         )
-        averaged = self._averages({n: (places[n], leaf) for n, leaf in there.items()}, forms)
-        values = [self._like(averaged[n], leaf, places[n].path) for n, leaf in there.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), values)
+        read = {x: (places[x], wanted[x]) for x in (wanted if part is None else part)}
+        averaged = self._averages(read, forms)
+        return {x: self._like(averaged[x], wanted[x], places[x].path) for x in read}
 
     def averages(self, places: dict[Any, Place], like: dict[Any, Any] | None = None) -> dict:
         """Read some averages: the values that were evaluated, a residue included.
@@ -187,6 +197,13 @@ class Stored:
         leaves = [forms[at[logical(path)]] for path in leaves_by_path(tree)]
         empty = [np.empty(x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves]
         return jax.tree.unflatten(jax.tree.structure(tree), empty)
+
+    def tree_below(self, node: KeyPath) -> Tree:
+        """Read all leaves below a node to the host, as the tree that they are."""
+        tree = self._node(node)
+        paths = [(*node, *path) for path in leaves_by_path(tree)]
+        values = self.read(paths)
+        return jax.tree.unflatten(jax.tree.structure(tree), [values[path] for path in paths])
 
     def _node(self, path: KeyPath) -> Tree:
         """The tree below a node; its leaves are names."""
@@ -303,15 +320,6 @@ class Stored:
             raise MismatchError(f"checkpoint {self.path}: {error}") from None
 
     # ---- what does not fit ---------------------------------------------------------------------
-
-    def differs(self, path: KeyPath, leaf: Any, stored: Any, also: Any = None) -> str:
-        """What is wrong with the shape or the dtype that was asked for; "" if nothing is."""
-        name = printable("/".join(path))
-        if shape(leaf) != shape(stored):
-            return f"{name} has shape {shape(stored)}, asked for as {shape(leaf)}"
-        if not (same_kind(leaf, stored) or (also is not None and same_kind(leaf, also))):
-            return f"{name} is {describe(stored)}, asked for as {describe(leaf)}"
-        return ""
 
     def _above(self, wanted: Collection[KeyPath], name: str | None) -> list[str]:
         """The keys below which `like` has leaves of the checkpoint, as Linen's variables do."""

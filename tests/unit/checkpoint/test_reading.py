@@ -404,7 +404,7 @@ def test_leaves_that_would_have_one_name_are_not_exported(tmp_path):
 
 
 def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
-    def interrupted(tensors, path):
+    def interrupted(tensors, path, texts):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
