@@ -205,7 +205,7 @@ def _value(file: Path, tensor: Tensor, leaf: Any) -> Any:
     target = target_of(leaf, jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
     if target.sharding is not None:
         return jax.make_array_from_callback(
-            tensor.shape, target.sharding, lambda index: tensor_part(file, tensor, index)
+            tensor.shape, target.sharding, lambda index: tensor_part(file, tensor, index or ())
         )
     value = tensor_value(file, tensor)
     return jax.device_put(value) if target.on_device else value
