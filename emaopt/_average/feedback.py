@@ -200,12 +200,7 @@ def primal(
       >>> print(optax.apply_updates(params, updates))  # z = 8, x = 4, y = 0.75 * 4 + 0.25 * 8
       [5.]
     """
-    below_one = Range(lambda x: (x >= 0) & (x < 1), "a number from 0 to below 1")
-    check("interpolation", interpolation, *below_one)
-    if not callable(pull):
-        check("pull", pull, *SHARE)
-    if at not in ("y", "z"):
-        raise ValueError(f"at={at!r} is no point. Pass 'y' or 'z'.")
+    _check_primal(interpolation, pull, at)
     _check_transformation("tx", tx, "an optimizer such as optax.sgd(0.1)")
     _check_transformation("average", average, "emaopt.ema(decay)")
     base, mean = optax.with_extra_args_support(tx), optax.with_extra_args_support(average)
@@ -236,20 +231,22 @@ def primal(
         _, of_mean = mean.update(moves, state.average, z, **extra)
         z = tree_map(apply_update, z=z, moves=moves)
         x = _averages_like(params, of_mean)
-
-        def lead(p, u, x, z):
-            if x is None or u is None or not is_inexact(u):
-                return u
-            # Written with differences of near numbers, which are exact. Through a rounded y, z
-            # would be off by that rounding times 1 / (1 - interpolation).
-            step = (z - jnp.asarray(p).astype(z.dtype)) + (x - z) * interpolation
-            return step.astype(u.dtype)
-
         kept = tree_map(lambda old, new: new, kept=state.z, z=z)
+        lead = partial(_to_next_y, interpolation)
         updates = tree_map(lead, params=params, updates=updates, x=x, z=z)
         return updates, PrimalState(of_base, of_mean, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_primal(interpolation: Any, pull: Any, at: str) -> None:
+    """Raise unless the numbers of `primal` are in range, and the point is one of its points."""
+    below_one = Range(lambda x: (x >= 0) & (x < 1), "a number from 0 to below 1")
+    check("interpolation", interpolation, *below_one)
+    if not callable(pull):
+        check("pull", pull, *SHARE)
+    if at not in ("y", "z"):
+        raise ValueError(f"at={at!r} is no point. Pass 'y' or 'z'.")
 
 
 def _check_transformation(name: str, tx: Any, wanted: str) -> None:
@@ -303,6 +300,16 @@ def _z(interpolation: Any, y: Any, x: Any, z: Any) -> Any:
         return y if z is None else z
     y = jnp.asarray(y)
     return y + (y - x) * (interpolation / (1 - interpolation))
+
+
+def _to_next_y(interpolation: Any, y: Any, u: Any, x: Any, z: Any) -> Any:
+    """Compute the update of a leaf that leads from y to the y of the new x and z."""
+    if x is None or u is None or not is_inexact(u):
+        return u
+    # Written with differences of near numbers, which are exact. Through a rounded y, z would be off
+    # by that rounding times 1 / (1 - interpolation).
+    step = (z - jnp.asarray(y).astype(z.dtype)) + (x - z) * interpolation
+    return step.astype(u.dtype)
 
 
 def _pulled(updates: Tree, y: Tree, x: Tree, share: Any) -> Tree:
