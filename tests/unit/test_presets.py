@@ -48,12 +48,14 @@ def assert_same(case):
     assert_close(ours[begin:], theirs[begin:], 1e-6)
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("case", CASES, ids=title)
 def test_a_preset_gives_the_averages_of_its_library(case):
     assert_same(case)
 
 
 # ema_pytorch computes its decays in float32
+@pytest.mark.many(3)
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if case["dtype"] == "float64" and case["name"] != "ema_pytorch"],
@@ -71,6 +73,7 @@ def test_every_preset_is_compared_and_everything_is_recorded():
     assert {case["name"] for case in CASES} == set(PRESETS)
 
 
+@pytest.mark.many(11)
 @pytest.mark.parametrize("case", CASES, ids=title)
 def test_a_preset_is_shown_as_a_call_that_makes_it(case):
     shown = repr(preset(case))

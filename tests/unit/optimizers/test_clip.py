@@ -345,6 +345,7 @@ def test_whole_numbers_beyond_the_dtype_bound_nothing():
     np.testing.assert_array_equal(got, [1.0])
 
 
+@pytest.mark.slow
 def test_inside_shard_map_the_norm_is_that_of_a_shard_unless_it_is_passed():
     mesh = jax.make_mesh((8,), ("data",))
     x = jnp.arange(1.0, 17.0)

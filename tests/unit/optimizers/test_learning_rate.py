@@ -31,6 +31,7 @@ def test_step_k_decay_steps_is_on_stair_k_for_every_decay_steps(k, jit):
     assert set(stair(values(EVERY_DECAY_STEPS, k * EVERY_DECAY_STEPS - 1))) == {k - 1}
 
 
+@pytest.mark.slow
 def test_stairs_of_constant_decay_steps_are_on_time():
     assert LATE[0] == 41
     sample = {*LATE[:150], *range(1, 101)}

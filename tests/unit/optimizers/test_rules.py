@@ -186,6 +186,7 @@ def test_arguments_and_defaults_are_tf1s(name):
     assert list(parameters) == list(SIGNATURES[name])
 
 
+@pytest.mark.many(4)
 @each_optimizer
 def test_the_update_is_that_of_the_slow_sibling(name):
     _, hyper, slots, slow = OPTIMIZERS[name]
@@ -239,6 +240,7 @@ def test_the_update_has_the_dtype_of_the_gradient(name):
     assert dtypes(state.slots) <= {"float32"}
 
 
+@pytest.mark.many(3)
 @each_optimizer
 def test_float64_stays_float64(name, x64):
     tx = make(name)
@@ -247,6 +249,7 @@ def test_float64_stays_float64(name, x64):
     assert dtypes((updates, state.slots)) == {"float64"}
 
 
+@pytest.mark.many(2)
 @each_optimizer
 def test_an_absent_gradient_leaves_its_slots(name):
     tx = make(name)
@@ -332,6 +335,7 @@ def test_every_hyperparameter_can_be_changed_in_the_state_without_compiling_agai
     assert len(traces) == 1
 
 
+@pytest.mark.many(4)
 @each_optimizer
 def test_the_step_counts_and_does_not_overflow(name):
     tx = make(name)
@@ -352,6 +356,7 @@ def test_the_powers_are_running_products_in_float32():
         power1, power2 = power1 * np.float32(0.9), power2 * np.float32(0.999)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("power", [-0.5, -0.7, -1.0, 0.0])
 def test_a_traced_learning_rate_power_is_the_same_rule(power):
     def update(power):
@@ -411,6 +416,7 @@ def test_the_state_is_of_one_public_type():
 LINEAR = ["gradient_descent", "momentum", "nesterov"]
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", LINEAR)
 def test_complex_numbers_are_trained_as_real_and_imaginary_part(name):
     rng = np.random.default_rng(0)
@@ -435,6 +441,7 @@ def test_a_complex_gradient_is_applied_as_optax_applies_it():
     np.testing.assert_array_equal(ours.update(grad, ours.init(p))[0], wanted)
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(LINEAR)))
 def test_the_others_say_no_to_complex_numbers_and_what_to_wrap_them_in(name):
     p = jnp.array([3 - 1j])
@@ -523,6 +530,7 @@ def test_numbers_that_make_nothing_or_nan_are_refused(make, message):
         make()
 
 
+@pytest.mark.many(2)
 @each_optimizer
 @pytest.mark.parametrize("start", [{}, {"initial_accumulator_value": 0.0}], ids=["usual", "zero"])
 def test_derivatives_of_an_update_are_finite_at_zero(name, start):

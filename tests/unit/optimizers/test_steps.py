@@ -247,6 +247,7 @@ def lenient():
 ADVERSARY = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
 
 
+@pytest.mark.many(2)
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(
     "tx",

@@ -97,6 +97,7 @@ def test_the_factors_are_those_of_fifty_digits(case, normalize):
     assert residual == pytest.approx(case[f"{golden} residual"], rel=1e-9)
 
 
+@pytest.mark.many(14)
 @pytest.mark.parametrize("recorded", list(itertools.pairwise(RATES)), ids="+".join)
 @pytest.mark.parametrize("target", ["power", "half-life", "copies", "window"])
 @pytest.mark.parametrize("at", [T, 200])

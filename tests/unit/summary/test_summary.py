@@ -125,6 +125,7 @@ def sum_to(norm):
     return {"a": jnp.array([0.6, 0.0]) * norm, "b": jnp.array([[0.8]]) * norm, "n": None}
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     "clip",
     [
@@ -168,6 +169,7 @@ def test_hyperparameters_of_one_name_are_told_by_place():
     assert (found["0/step_size"], found["1/step_size"]) == (2, 3)
 
 
+@pytest.mark.slow
 def test_scalars_are_pure_compile_once_and_follow_the_mesh():
     tx = optax.chain(on_floats(emaopt.adam(RATE)), emaopt.ema(DECAY, ledger=True))
     mesh = Mesh(np.array(jax.devices()), "x")
