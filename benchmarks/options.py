@@ -9,7 +9,9 @@ has the median, round by round, of the time divided by that of the plain average
 of the compiled program: the bytes that it accesses, also as a multiple (a branch that is not taken
 counts), and the memory that it needs beside its arguments, in MB. *fed back* and *at the gradient*
 are steps of gradient descent; they are divided by such a step with the plain average.
-`stacked` is an evaluation: two averages in one tree, beside `average` of one.
+`stacked` is an evaluation: two averages in one tree, beside `average` of one. *A view of rows* is a
+step of gradient descent on 256 rows of each large array, with the average of all rows, beside such
+a step on the whole arrays. XLA counts all bytes of an array for the few that `put` writes.
 
 Most updates of `every(10, d)` take nothing, and such a one is the median: XLA on CPU skips a loop
 whose rate is 0. Another option is one more row in `UPDATES` or `STEPS`. Writes
@@ -28,6 +30,7 @@ import emaopt
 
 
 DECAY = 0.999
+ROWS = 256  # of each array, in a view
 TREES = {
     "large": {f"w{i}": (2048, 2048) for i in range(8)},
     "small": {f"w{i:03}": (200,) for i in range(1000)},
@@ -81,6 +84,21 @@ def step_of(tx: optax.GradientTransformation, params: dict) -> Step:
     return Step(step, params, tx.init(params), inputs=(grads,))
 
 
+def step_on_rows(params: dict) -> Step:
+    """A step on some rows of each array, each of which is a table of its own."""
+    tx = optax.chain(SGD, emaopt.ema(DECAY, rows=dict.fromkeys(params, True)))
+
+    def step(params, state, ids, grads):
+        tables = dict.fromkeys(params, emaopt.rows(ids))
+        small, small_state = emaopt.take((params, state), tables)
+        small, small_state = emaopt.apply_gradients(tx, grads, small, small_state)
+        return emaopt.put((params, state), (small, small_state), tables)
+
+    ids = jnp.arange(ROWS) * (min(len(p) for p in params.values()) // ROWS)
+    grads = jax.tree.map(lambda p: p[:ROWS] * 1e-6, params)
+    return Step(step, params, tx.init(params), inputs=(ids, grads))
+
+
 def evaluation_of(params: dict, names: list[str]) -> Step:
     """The averages of that name in one tree, from a state of two."""
     tx = optax.named_chain(("a", emaopt.ema(0.9)), ("b", emaopt.ema(DECAY)))
@@ -105,6 +123,8 @@ def measure(shapes: dict, rounds: int) -> dict[str, dict[str, float]]:
         {name: step_of(tx, params) for name, tx in STEPS.items()},
         {PLAIN: evaluation_of(params, ["a"]), "`stacked`, two": evaluation_of(params, ["a", "b"])},
     ]
+    if all(len(shape) > 1 for shape in shapes.values()):
+        groups[1]["a view of 256 rows: `take`, `put`"] = step_on_rows(params)
     found = {}
     for calls in groups:
         times = relative_times(calls, rounds, bandwidth(2**24, os.cpu_count() or 1))

@@ -11,6 +11,7 @@ step alone against what the memory can move. Writes results/steps.json and steps
 """
 
 import argparse
+import itertools
 import os
 
 import jax
@@ -19,7 +20,6 @@ import numpy as np
 import optax
 from helpers import trees
 from timing import Step, bandwidth, publish, ratio, relative_times, scaling, table
-from tqdm import tqdm
 
 import emaopt
 
@@ -93,8 +93,7 @@ def measure_steps(params, rounds: int) -> dict[str, dict[str, float]]:
     grads = jax.tree.map(lambda p: p * 1e-3, params)
     reference = scaling(256)
     found: dict[str, dict[str, float]] = {}
-    cells = [(name, form) for name in OPTIMIZERS for form in FORMS]
-    for name, form in tqdm(cells, leave=False, disable=None):
+    for name, form in itertools.product(OPTIMIZERS, FORMS):
         mine, other = OPTIMIZERS[name]
         made = {"emaopt": ours(mine, *FORMS[form]), "other": by_hand(other, *FORMS[form])}
         calls = {

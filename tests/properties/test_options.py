@@ -88,3 +88,58 @@ def test_compensated_keeps_no_more_than_one_array_beside_its_state():
     assert sizes.alias_size_in_bytes == trees.nbytes(state)
     assert sizes.temp_size_in_bytes <= 4 * FLOATS + 20_000
     assert program.cost_analysis()["bytes accessed"] <= 4 * FLOATS * 13 + 20_000
+
+
+def gradient_of(params, x):
+    def loss(params):
+        hidden = x @ params["a"] @ params["b"]
+        return (hidden * hidden).sum() + (params["c"] * params["c"]).sum()
+
+    return jax.grad(loss)(params)
+
+
+def test_primal_keeps_no_more_than_the_point_of_its_optimizer_beside_its_state():
+    """An array per parameter. Behind a gradient it takes the place of the gradient."""
+    tx = emaopt.primal(SGD, emaopt.ema(0.999))
+    params, batch = trees.abstract(PARAMS), jax.ShapeDtypeStruct((8, 256), "float32")
+    carry = params, jax.eval_shape(tx.init, params)
+
+    def step(params, state, grads):
+        return emaopt.apply_gradients(tx, grads, params, state)
+
+    alone = compiled(step, *carry, params)
+    trained = compiled(lambda p, s, x: step(p, s, gradient_of(p, x)), *carry, batch)
+    for program in (alone, trained):
+        sizes = program.memory_analysis()
+        assert sizes.alias_size_in_bytes == trees.nbytes(carry)
+        assert sizes.temp_size_in_bytes <= 4 * FLOATS + 60_000
+    assert alone.cost_analysis()["bytes accessed"] <= 4 * FLOATS * 11 + 20_000
+
+
+def test_averages_in_one_tree_are_read_and_written_once():
+    tx = optax.named_chain(("a", emaopt.ema(0.9)), ("b", emaopt.ema(0.99)))
+    params = trees.abstract(PARAMS)
+    state = jax.eval_shape(tx.init, params)
+    program = compiled(lambda p, s: emaopt.stacked(p, s, ["a", "b"]), params, state)
+    assert program.memory_analysis().temp_size_in_bytes < 20_000
+    assert program.cost_analysis()["bytes accessed"] <= 4 * FLOATS * 4 + 20_000
+
+
+def test_a_view_of_rows_keeps_what_the_rows_take_and_copies_no_table():
+    params = {"table": jax.ShapeDtypeStruct((10_000, 64), "float32")}
+    tx = optax.chain(emaopt.adagrad(0.1), emaopt.ema(0.999, rows={"table": True}))
+    carry = params, jax.eval_shape(tx.init, params)
+    batch = jax.ShapeDtypeStruct((32,), "int32"), trees.abstract({"table": (32, 64)})
+
+    def step(params, state, batch):
+        ids, grads = batch
+        tables = {"table": emaopt.rows(ids)}
+        small = emaopt.take((params, state), tables)
+        small = emaopt.apply_gradients(tx, grads, *small)
+        return emaopt.put((params, state), small, tables)
+
+    program = compiled(step, *carry, batch)
+    sizes = program.memory_analysis()
+    assert sizes.alias_size_in_bytes >= trees.nbytes(carry)
+    assert sizes.temp_size_in_bytes <= 6 * 4 * 32 * 64
+    assert not re.findall(r"= \w+\[10000,\S* copy\(", program.as_text())
