@@ -33,7 +33,7 @@ import emaopt
 WORK = Path(tempfile.gettempdir()) / "emaopt-schedules"
 BLOCK = 40  # steps from one look at the next batch to the next
 STRIDE = 5  # steps from one update of the averages in the bank to the next
-KINDS = ("constant", "linear", "cosine", "wsd")
+KINDS = ("constant", "linear", "cosine", "wsd", "warm")
 WIDTHS = (0.03, 0.05, 0.08, 0.10, 0.125, 0.15, 0.20, 0.25)
 BANK = {f"width {s}": emaopt.power(emaopt.posthoc.gamma(s)) for s in WIDTHS} | {
     "power(0)": emaopt.power(0),
@@ -76,6 +76,7 @@ def factor(t, kind, horizon, warm):
         1 - share,
         (1 + jnp.cos(jnp.pi * share)) / 2,
         jnp.minimum(1, (1 - share) / 0.2),
+        jnp.minimum(1, (t + 1) / (0.05 * horizon)) * (1 - share),
     )
     return jnp.stack(of_kinds)[kind] * jnp.minimum(1, (t + 1) / warm)
 
@@ -359,7 +360,7 @@ def methods_of(name, optimizer):
     """The methods of a setting, in the order in which they are run."""
     methods = ["constant", "primal power(0)", "linear"]
     if name in ("digits", "fashion"):
-        methods += ["schedule_free", "primal ema()", "primal 0.99", "cosine"]
+        methods += ["schedule_free", "primal ema()", "primal 0.99", "cosine", "warm"]
     if (name, optimizer) == ("fashion", "adam"):
         methods.append("linear, bare")
     return methods
