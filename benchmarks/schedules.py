@@ -1,8 +1,9 @@
 """Train without a schedule: averages at a constant rate against decays tuned for each length.
 
-    python benchmarks/schedules.py run             # pieces, resumable; about an hour of two cores
+    python benchmarks/schedules.py run             # pieces, resumable; about two hours of one core
     python benchmarks/schedules.py run digits-adam # the pieces of one setting and optimizer
-    python benchmarks/schedules.py report          # reads the test set, writes results/schedules.*
+    python benchmarks/schedules.py report          # reads the test set: results/schedules.json
+    python benchmarks/schedules_report.py          # writes results/schedules.md
 
 The plan was written before the first number: `results/schedules_plan.md`. Needs scikit-learn, and
 Debian's package `dataset-fashion-mnist`.
@@ -56,6 +57,7 @@ BARE = {
     "muon": functools.partial(muon, beta=0.0, nesterov=False, adam_b1=0.0),
 }
 PRIMAL = {"power(0)": emaopt.power(0), "ema()": BANK[DEFAULT], "0.99": 0.99}
+WITH_MOMENTUM = ", with momentum"
 # The rate that a search begins with, as the exponent of 2 in 0.001 * 2**k.
 GUESS = {"adam": 1, "momentum": 6, "muon": 3}
 GUESS_PRIMAL = {"adam": 2, "momentum": 9, "muon": 4}
@@ -195,8 +197,10 @@ class Trainer:
         return jax.vmap(ravel_pytree(first)[1])(arrays)
 
 
-def primal_of(optimizer, decay):
-    return lambda rate: emaopt.primal(BARE[optimizer](rate), emaopt.ema(decay))
+def primal_of(optimizer, which):
+    decay = PRIMAL[which.removesuffix(WITH_MOMENTUM)]
+    base = (OPTIMIZERS if which.endswith(WITH_MOMENTUM) else BARE)[optimizer]
+    return lambda rate: emaopt.primal(base(rate), emaopt.ema(decay))
 
 
 def schedule_free_of(optimizer):
@@ -284,8 +288,8 @@ class Setting:
         return self.piece(name, k, compute)
 
     def primal(self, which, k):
-        """A run of `primal` around the optimizer without momentum."""
-        make_tx = primal_of(self.optimizer, PRIMAL[which])
+        """A run of `primal` around the optimizer, without momentum if nothing else is said."""
+        make_tx = primal_of(self.optimizer, which)
         return self.free(f"primal {which}", make_tx, k, emaopt.average)
 
     def schedule_free(self, k):
@@ -319,7 +323,8 @@ class Setting:
         """The best exponent of a method with one rate for all lengths."""
         keys = [f"{n}" for n in self.lengths]
         measure = lambda k: mean_losses(self.primal(which, k), keys)
-        return search(measure, GUESS_PRIMAL[self.optimizer], lambda t: relative(t[:, None]))
+        guess = (GUESS if which.endswith(WITH_MOMENTUM) else GUESS_PRIMAL)[self.optimizer]
+        return search(measure, guess, lambda t: relative(t[:, None]))
 
 
 def mean_losses(found, keys):
@@ -361,6 +366,8 @@ def methods_of(name, optimizer):
     methods = ["constant", "primal power(0)", "linear"]
     if name in ("digits", "fashion"):
         methods += ["schedule_free", "primal ema()", "primal 0.99", "cosine", "warm"]
+    if name == "digits":
+        methods += [f"primal {which}{WITH_MOMENTUM}" for which in ("power(0)", "ema()")]
     if (name, optimizer) == ("fashion", "adam"):
         methods.append("linear, bare")
     return methods
@@ -483,8 +490,7 @@ def main():
     for name, optimizer in pairs:
         if (args.work / f"{name}-{optimizer}.done").exists():
             found[f"{name}-{optimizer}"] = read_test(name, optimizer, args.work)
-    ordered = {f"{n}-{o}": found[f"{n}-{o}"] for n, o in pairs if f"{n}-{o}" in found}
-    file.write_text(json.dumps(found | ordered) + "\n")
+            file.write_text(json.dumps({key: found[key] for key in sorted(found)}) + "\n")
 
 
 if __name__ == "__main__":
