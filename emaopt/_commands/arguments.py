@@ -1,4 +1,4 @@
-"""What each command takes: its arguments, and what its help says."""
+"""Define the arguments of each command, and its help."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`emaopt merge`: what it prints and draws."""
+"""Run `emaopt merge`: print and draw what it found."""
 
 import json
 import math
@@ -85,12 +85,12 @@ def _flag(name: str) -> str:
 
 
 def _spacing(run: Run, n: int) -> int:
-    """The widest grid over the last n updates that has a line at every checkpoint."""
+    """Return the widest grid over the last n updates that has a line at every checkpoint."""
     return math.gcd(n, *(run.at - step for step in run.steps if step > run.at - n))
 
 
 def _options(run: Run) -> list[tuple[str, float]]:
-    """Targets of all lengths; windows begin at checkpoints."""
+    """Return targets of all lengths. Windows begin at checkpoints."""
     grid = _spacing(run, run.at)
     windows = sorted({max(1, round(run.at * share / grid)) * grid for share in SHARES})
     lives = sorted({max(1, round(run.at * share)) for share in SHARES})
@@ -139,7 +139,7 @@ def _text(about: dict[str, Any]) -> list[str]:
 
 
 def _draw(run: Run, threshold: float, file: Path) -> None:
-    """The predicted error over sigma_rel, and where the recorded averages are."""
+    """Draw the predicted error over sigma_rel, and mark the recorded averages."""
     pictures = require("matplotlib.figure", "posthoc")
 
     longest = sigma_rel(0)

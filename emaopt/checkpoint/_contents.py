@@ -1,4 +1,4 @@
-"""What lies where in a checkpoint: averages, parameters and the rest, by the names of its leaves.
+"""Find what lies where in a checkpoint: averages, parameters, the rest, by the names of leaves.
 
 A leaf is one key path, the item first: `("opt_state", "1", "shadow", "conv", "kernel")`. Where
 averages were saved swapped with the parameters, the swap is undone here, and nowhere else.
@@ -35,7 +35,7 @@ from ._trees import logical
 
 
 class Contents:
-    """What lies where in a checkpoint.
+    """Find what lies where in a checkpoint.
 
     Args:
         paths: the key path of every leaf, as it is on disk.
@@ -49,12 +49,12 @@ class Contents:
 
     @cached_property
     def averages(self) -> dict[KeyPath, Average]:
-        """Every average, by the path of its node."""
+        """Return every average, by the path of its node."""
         return {node: self._average(node) for node in self._shadows}
 
     @cached_property
     def root(self) -> KeyPath:
-        """The node that the parameters are in."""
+        """Return the node that the parameters are in."""
         roots = set(self._roots.values())
         if not roots:
             named = [p[: i + 1] for p in self.index for i, key in enumerate(p) if key == "params"]
@@ -68,7 +68,7 @@ class Contents:
 
     @cached_property
     def stored_params(self) -> dict[KeyPath, KeyPath]:
-        """The leaves of `params` by name, as they lie on disk: averages, if they are swapped."""
+        """Return the leaves of `params` by name, as they lie on disk: averages, if swapped."""
         start = len(self.root)
         return {
             path[start:]: at
@@ -80,17 +80,17 @@ class Contents:
 
     @cached_property
     def params(self) -> dict[KeyPath, KeyPath]:
-        """The raw parameters by name: a swap is undone."""
+        """Return the raw parameters by name. A swap is undone."""
         return self.stored_params | self._swapped
 
     @property
     def is_snapshot(self) -> bool:
-        """Whether averages are stored, and no parameters."""
+        """Return whether averages are stored, and no parameters."""
         return bool(self.averages) and not self.stored_params
 
     @cached_property
     def evaluated(self) -> dict[KeyPath, KeyPath]:
-        """What can be evaluated, by name: the stored parameters, or what is averaged."""
+        """Return the leaves to evaluate, by name: the stored parameters, or else the averages."""
         averaged = {x: at for average in self.averages.values() for x, at in average.leaves.items()}
         return self.stored_params or averaged
 
@@ -192,7 +192,7 @@ class Contents:
 
     @cached_property
     def _shadows(self) -> dict[KeyPath, list[KeyPath]]:
-        """The node of every average, and the leaves of its shadow, as named there."""
+        """Return the node of every average, and the leaves of its shadow, as named there."""
         stepped = {path[:i] for path in self.index for i, key in enumerate(path) if key == STEP}
         leaves: dict[KeyPath, list[KeyPath]] = {}
         for path in self.index:
@@ -208,7 +208,7 @@ class Contents:
 
     @cached_property
     def _below(self) -> dict[KeyPath, list[KeyPath]]:
-        """The leaves right below a node."""
+        """Return the leaves right below a node."""
         found: dict[KeyPath, list[KeyPath]] = {}
         for path in self.index:
             found.setdefault(path[:-1], []).append(path)
@@ -216,7 +216,7 @@ class Contents:
 
     @cached_property
     def _slot_names(self) -> set[KeyPath]:
-        """The names that slots may have: of parameters, and of what is averaged."""
+        """Return the names that slots may have: those of parameters and of averaged leaves."""
         return set(self.stored_params).union(*self._shadows.values())
 
     @cached_property
@@ -226,12 +226,12 @@ class Contents:
 
     @cached_property
     def _states(self) -> set[KeyPath]:
-        """The nodes that hold an optimizer's state, and so no parameters."""
+        """Return the nodes that hold an optimizer's state, and so no parameters."""
         return {node[: len(shared_start([node, root])) + 1] for node, root in self._roots.items()}
 
     @cached_property
     def _swapped(self) -> dict[KeyPath, KeyPath]:
-        """The raw parameters that lie in a shadow, by name."""
+        """Return the raw parameters that lie in a shadow, by name."""
         return {
             self._named(node, own): self.index[(*node, SHADOW, *own)]
             for node, leaves in self._shadows.items()
@@ -240,7 +240,7 @@ class Contents:
         }
 
     def _unwrapped(self, path: KeyPath) -> KeyPath:
-        """The path of the one array in a box, as a haliax array is; or the path itself."""
+        """Return the path of the one array in a wrapper, such as haliax's; else the path itself."""
         inside = self._below.get(path, [])
         return inside[0] if path not in self.index and len(inside) == 1 else path
 
@@ -267,11 +267,11 @@ class Contents:
         return (*node, SWAPPED) in self.index
 
     def _named(self, node: KeyPath, own: KeyPath) -> KeyPath:
-        """The name among all parameters of a leaf that an average knows by a name of its own."""
+        """Return the name that a leaf of an average has among all parameters."""
         return (*self._roots[node][len(self.root) :], *own)
 
     def _name(self, path: KeyPath) -> KeyPath | None:
-        """The name of a parameter, by its path."""
+        """Return the name of a parameter, by its path."""
         name = path[len(self.root) :]
         return name if is_in(path, self.root) and name in self.stored_params else None
 

@@ -1,4 +1,4 @@
-"""One number per leaf that any flipped bit changes.
+"""Compute one number per leaf that any flipped bit changes.
 
 `digest = sum of mix(word + position * 0x9E3779B9)` over the 32-bit words, modulo 2**32, with the
 finalizer of MurmurHash3 for `mix`. The sum does not depend on order, so not on sharding either:
@@ -53,7 +53,7 @@ def _is_on_several_cpus(leaf: Any) -> bool:
 
 
 def _digest_of(leaf: Any) -> Any:
-    """The digest of a leaf, which may be a number or a string."""
+    """Return the digest of a leaf, which may be a number or a string."""
     return _digest(_hashable(leaf)) if isinstance(leaf, jax.Array) else _digest_in_parts(leaf)
 
 
@@ -79,13 +79,13 @@ def damaged(recorded: np.ndarray, size: int, leaves: dict[int, Any]) -> list[int
 
 @jax.jit
 def with_own_digest(each: Any) -> jax.Array:
-    """Some digests, and the digest of these."""
+    """Return some digests, followed by their own digest."""
     each = jnp.asarray(each)
     return jnp.append(each, _digest(each))
 
 
 def _hashable(leaf: Any) -> Any:
-    """A leaf as something that jit takes without losing a bit."""
+    """Return a leaf as an array that jit takes without losing a bit."""
     if isinstance(leaf, jax.Array):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return jax.random.key_data(leaf) if is_key else in_memory(leaf)
@@ -97,7 +97,7 @@ def _hashable(leaf: Any) -> Any:
 
 
 def _digest_in_parts(leaf: Any) -> np.ndarray:
-    """The digest of a leaf on the host, of which little is copied at a time."""
+    """Return the digest of a leaf on the host. A part of it is copied at a time."""
     x = _hashable(leaf).reshape(-1)
     parts = [
         int(_digest(x[start : start + ELEMENTS_AT_ONCE], np.uint32(start % 2**32)))
@@ -118,7 +118,7 @@ def _digest(x, start=0) -> jax.Array:
 
 
 def _words(x) -> jax.Array:
-    """The bits of an array as uint32."""
+    """Return the bits of an array as uint32."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
@@ -152,7 +152,7 @@ def digest_of_block(block: np.ndarray, start: Sequence[int], shape: Sequence[int
 
 @jax.jit
 def _digest_at(x: jax.Array, first: jax.Array, strides: tuple[jax.Array, ...]) -> jax.Array:
-    """The digest of words that are not all next to each other."""
+    """Return the digest of words that are not all next to each other."""
     words = _words(x)
     own = words.shape[len(strides) :]  # of an element: two words of 64 bits, or of complex numbers
     position = jnp.full(words.shape, first, jnp.uint32)

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, as types that a program can tell apart.
+"""Define what can be wrong with a checkpoint, as types that a program can tell apart.
 
 Both are `ValueError`s. A path that leads nowhere is a `FileNotFoundError`.
 """
@@ -15,11 +15,11 @@ SHOWN = 10  # problems that an error lists, of each kind
 
 
 class DamagedError(ValueError):
-    """A file of the checkpoint is missing, cut off, or not what was saved."""
+    """Report a file of the checkpoint that is missing, cut off, or not what was saved."""
 
 
 class MismatchError(ValueError):
-    """The checkpoint is sound, but does not hold what was asked for."""
+    """Report that a sound checkpoint does not hold what was asked for."""
 
 
 def cause(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""One item of a checkpoint: a tree on disk, of which single leaves are read.
+"""Read one item of a checkpoint: a tree on disk, leaf by leaf.
 
 Orbax's `ocp.load` and `ocp.checkpointables_metadata` read more than is asked for, and TensorStore
 keeps 8 kB for every leaf that they look at; so names come from the file `_METADATA`, and shapes
@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Item:
-    """A tree on disk.
+    """Read a tree on disk.
 
     Args:
         directory: where it is; it has a file `_METADATA`.
@@ -171,7 +171,7 @@ class Item:
 
 
 class LeafError(Exception):
-    """A leaf cannot be read; `__cause__` is why."""
+    """Report a leaf that cannot be read; `__cause__` says why."""
 
     def __init__(self, path: KeyPath):
         super().__init__("/".join(path))
@@ -212,7 +212,7 @@ def _bounds(index: Any) -> tuple[tuple[int | None, int | None], ...]:
 
 
 def _dtype(name: Any) -> np.dtype:
-    """The dtype of an array, as Zarr calls it; also one of those that NumPy does not have."""
+    """Return the dtype of an array from Zarr's name of it, also where NumPy has no such dtype."""
     try:
         return np.dtype(name)
     except TypeError:

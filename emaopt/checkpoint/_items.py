@@ -1,4 +1,4 @@
-"""What is written: the items of a checkpoint, what it says it holds, and the digests."""
+"""Make what is written: the items of a checkpoint, its inventory, and the digests."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One leaf as it is stored and as it is asked for: shapes, dtypes, and from one to the other."""
+"""Convert a leaf as it is stored to the shape and the dtype that are asked for."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from emaopt._tree.paths import printable
 
 
 class Target(NamedTuple):
-    """Where a leaf is read to: the host, the default device (uncommitted), or over a sharding."""
+    """Choose where a leaf is read to: the host, the default device (uncommitted), or a sharding."""
 
     on_device: bool = False
     sharding: Any = None
@@ -45,7 +45,7 @@ def are_floating(*leaves: Any) -> bool:
 
 
 def _on_disk(leaf: Any) -> Any:
-    """Keys are stored as the integers that they are made of."""
+    """Return a leaf as it is stored. Random keys are stored as integers."""
     return jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
 
 
@@ -92,7 +92,7 @@ def target_of(leaf: Any, stored: Any) -> Target:
 
 
 def _sharding(leaf: jax.Array | jax.ShapeDtypeStruct) -> Any:
-    """The sharding of a template, `None` if it is not committed to one."""
+    """Return the sharding of a template, `None` if it is not committed to one."""
     is_free = isinstance(leaf, jax.Array) and not getattr(leaf, "committed", True)
     return None if is_free else leaf.sharding
 
@@ -125,7 +125,7 @@ def like_leaf(value: Any, leaf: Any, name: str, impl: str | None = None) -> Any:
 
 
 def _exactly(value: Any, wanted: Any, name: str) -> np.ndarray:
-    """A Python number as an array; a number that the dtype does not hold is refused."""
+    """Return a Python number as an array, or raise if the dtype does not hold it."""
     given = np.asarray(value)
     with np.errstate(over="ignore", invalid="ignore"):
         result = given.astype(wanted)
@@ -171,7 +171,7 @@ def savable(leaf: Any, name: str) -> Any:
 
 
 def _is_storable(dtype: np.dtype) -> bool:
-    """Whether TensorStore has such numbers."""
+    """Return whether TensorStore has such numbers."""
     is_number = dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
     return is_number and dtype.isnative and dtype not in (np.longdouble, np.clongdouble)
 

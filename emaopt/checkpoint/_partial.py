@@ -29,7 +29,7 @@ ABSENT = "is not in the checkpoint"
 
 
 class Plan:
-    """What is read for each leaf that was passed, and why others stay as they are.
+    """Hold what to read for each leaf that was passed, and why others stay as they are.
 
     `sources`: by the path of a leaf that was passed, where its value is on disk. `averaged`: by the
     path of a shadow, where its average is. `starts`: by the path of a shadow that is not stored,
@@ -195,7 +195,7 @@ def _others(plan: Plan, state: dict[KeyPath, Any], params: set[KeyPath]) -> None
 
 
 def _end(path: KeyPath, params: set[KeyPath]) -> KeyPath:
-    """The end of a path that says what a leaf is: a slot and its parameter, or a field."""
+    """Return the end of a path that says what a leaf is: a slot and its parameter, or a field."""
     for start in range(2, len(path)):
         if path[start:] in params:
             return path[start - 1 :]
@@ -203,7 +203,7 @@ def _end(path: KeyPath, params: set[KeyPath]) -> KeyPath:
 
 
 def _node_of(path: KeyPath, nodes: Iterable[KeyPath]) -> KeyPath | None:
-    """The average that a leaf belongs to."""
+    """Return the average that a leaf belongs to."""
     return next((node for node in nodes if path[: len(node)] == node), None)
 
 

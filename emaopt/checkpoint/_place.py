@@ -1,4 +1,4 @@
-"""Where an average lies on disk, and its value from the parts that are stored of it."""
+"""Find where an average lies on disk, and compute its value from the stored parts."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -25,7 +25,7 @@ FIELDS = {SHADOW, STEP, RESIDUE, LEDGER, ROWS, SWAPPED, "other"}
 
 
 class Average(NamedTuple):
-    """One average: where its node is, whether it is swapped, and where its values are on disk.
+    """Hold where an average is on disk: its node, its values, and whether it is swapped.
 
     `leaves`: by the name of the parameter, the averaged value (in `params`, if it is swapped).
     `residues`: by the same name, what `compensated` keeps beside the value, to be added.
@@ -42,7 +42,7 @@ class Average(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the average of a leaf is on disk, what is added to it, and where its parameter is.
+    """Hold where the average of a leaf is on disk, what is added to it, and its parameter.
 
     `now` and `then`: of a table whose rows are averaged lazily, the times that say how far the
     average of each row has come to the parameter since.

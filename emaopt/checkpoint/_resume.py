@@ -114,7 +114,7 @@ def _newest(checkpointer: ocp.training.Checkpointer, step: int | None) -> Stored
 def as_saved(
     params: Tree, opt_state: Tree, markers: set[KeyPath], found: str
 ) -> tuple[list[str], dict[str, Tree]]:
-    """The names of the averages that were swapped, and the trees as they stand on disk."""
+    """Return the names of the averages that were swapped, and the trees as they stand on disk."""
     names = dict(zip(average_paths(opt_state), averages(opt_state), strict=True))
     swapped = {marker[:-1] for marker in markers}
     if not swapped <= names.keys():

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are finished, and which one is meant."""
+"""Find the checkpoints of a run: which are finished, and which one is meant."""
 
 import errno
 import os

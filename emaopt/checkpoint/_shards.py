@@ -1,4 +1,4 @@
-"""Averages in `.safetensors` files: one file, or several with an index in Hugging Face's layout.
+"""Write averages to `.safetensors`: one file, or several with an index as Hugging Face's.
 
 The index is `model.safetensors.index.json`: `{"metadata": {"total_size": ...}, "weight_map": {name:
 file}}`. Beside the tensors of a file stand our names of them and their digests, in its metadata.

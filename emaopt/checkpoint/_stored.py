@@ -1,4 +1,4 @@
-"""A checkpoint on disk, by key path: what it holds, and its leaves, verified.
+"""Read a checkpoint on disk, by key path: what it holds, and its leaves, verified.
 
 A leaf is one path, the item first: `("opt_state", "1", "shadow", "conv", "kernel")`; a checkpoint
 without items is the one item "". What lies where, `contents` says.
@@ -26,7 +26,7 @@ from ._verify import verify
 
 
 class Stored:
-    """One checkpoint.
+    """Read one checkpoint.
 
     `items`: its trees, by name; what is no tree (JSON, a data iterator) is not among them.
 
@@ -51,12 +51,12 @@ class Stored:
 
     @cached_property
     def contents(self) -> Contents:
-        """What lies where: averages, parameters, and the rest."""
+        """Return what lies where: averages, parameters, and the rest."""
         return Contents(self.paths(), self.path)
 
     @property
     def trees(self) -> dict[str, Tree]:
-        """The tree of each item; its leaves are names."""
+        """Return the tree of each item. Its leaves are names."""
         return {name: item.tree for name, item in self.items.items()}
 
     def paths(self) -> list[KeyPath]:
@@ -206,7 +206,7 @@ class Stored:
         return jax.tree.unflatten(jax.tree.structure(tree), [values[path] for path in paths])
 
     def _node(self, path: KeyPath) -> Tree:
-        """The tree below a node; its leaves are names."""
+        """Return the tree below a node. Its leaves are names."""
         tree = self.items[path[0]].tree
         for key in path[1:]:
             tree = tree[int(key) if isinstance(tree, list) else key]
@@ -273,7 +273,7 @@ class Stored:
             )
 
     def _trying(self, name: str, read: Any) -> Any:
-        """The result of reading; one line that names checkpoint, leaf and cause if it fails."""
+        """Return the result of reading, or raise one line with checkpoint, leaf and cause."""
         try:
             return read()
         except LeafError as error:
@@ -300,7 +300,7 @@ class Stored:
         return values
 
     def _averages(self, wanted: dict[Any, tuple[Place, Any]], forms: dict) -> dict[Any, Any]:
-        """Averages, each where its template is: with their residues, and with rows up to date."""
+        """Return averages where their templates are, with residues added and rows up to date."""
         targets: dict[KeyPath, Target] = {}
         for place, leaf in wanted.values():
             if place.then is not None:
@@ -322,7 +322,7 @@ class Stored:
     # ---- what does not fit ---------------------------------------------------------------------
 
     def _above(self, wanted: Collection[KeyPath], name: str | None) -> list[str]:
-        """The keys below which `like` has leaves of the checkpoint, as Linen's variables do."""
+        """Return the keys below which `like` has the leaves of the checkpoint, as Linen does."""
         below = {path[:1]: [p[1:] for p in wanted if p[:1] == path[:1]] for path in wanted}
         if len(below) > 8:  # variables are in few collections
             return []
@@ -345,5 +345,5 @@ class Stored:
 
 
 def _number(name: str) -> int | None:
-    """The step that a directory is named after."""
+    """Return the step that a directory is named after."""
     return int(name) if name.isascii() and name.isdigit() else None

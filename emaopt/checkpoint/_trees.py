@@ -1,4 +1,4 @@
-"""Trees as they lie on disk: by key path, and an NNX module as what `nnx.state` makes of it."""
+"""Convert trees to what lies on disk: key paths, and `nnx.state` of an NNX module."""
 
 import copy
 from typing import Any
@@ -85,6 +85,6 @@ def _holds_model(opt_state: Tree) -> bool:
 
 
 def _is_module(node: Any) -> bool:
-    """Whether a node is an NNX module, list or dict; not a Variable."""
+    """Return whether a node is an NNX module, list or dict, not a Variable."""
     names = {base.__name__ for base in type(node).__mro__ if base.__module__.startswith("flax.nnx")}
     return "Pytree" in names and "Variable" not in names

@@ -1,4 +1,4 @@
-"""Another average from the checkpoints of a run, after training: `emaopt.posthoc` on disk::
+"""Merge the checkpoints of a run into another average, after training::
 
     run = Run.open("/run")                                # what the averages are, their ledgers say
     run.write("/out", target=posthoc.gamma(0.15))
@@ -46,7 +46,7 @@ NEGLIGIBLE = 1e-9  # a factor beside the largest one: less than float32 resolves
 
 @dataclass(frozen=True)
 class Run:
-    """The averages in the checkpoints of a run.
+    """Read the averages in the checkpoints of a run.
 
     Attributes:
         path: The newest checkpoint.
@@ -112,7 +112,7 @@ class Run:
         return cls(path, newest, used, names, snapshots, updates, snapshots[-1].updates, groups)
 
     def residual(self, target: Source | np.ndarray) -> float:
-        """The predicted error of a target, see `emaopt.posthoc.residual`: of the worst leaf."""
+        """Return the predicted error of the worst leaf, see `emaopt.posthoc.residual`."""
         return max(error for _, error in self._fits(target, np.inf).values())
 
     def write(
@@ -160,14 +160,14 @@ class Run:
         return residual
 
     def others(self) -> list[KeyPath]:
-        """The leaves of `params` that are not averaged."""
+        """Return the leaves of `params` that are not averaged."""
         averaged = {leaf for leaves in self.groups.values() for leaf in leaves}
         return [leaf for leaf in self.newest.contents.evaluated if leaf not in averaged]
 
     def _fits(
         self, target: Source | np.ndarray, threshold: float
     ) -> dict[tuple[int, ...], tuple[np.ndarray, float]]:
-        """The factors and the residual of each group of leaves."""
+        """Return the factors and the residual of each group of leaves."""
         wanted = profile_of(target, self.at)
         pairs = [(s.updates, self.sources[s.node].decay) for s in self.snapshots]
         fits = {}
@@ -179,7 +179,7 @@ class Run:
 
 
 class _Snapshot(NamedTuple):
-    """One average in one checkpoint; `places`: where its leaves are."""
+    """Hold one average of one checkpoint; `places`: where its leaves are."""
 
     stored: Stored
     node: KeyPath
@@ -189,7 +189,7 @@ class _Snapshot(NamedTuple):
 
 
 def _snapshots(stored: Stored) -> Iterator[_Snapshot]:
-    """The averages in a checkpoint."""
+    """Return the averages in a checkpoint."""
     averages = stored.contents.averages
     scalars = {
         node: [average.scalars[name] for name in _SCALARS if name in average.scalars]
@@ -212,7 +212,7 @@ _SCALARS = ["step", *(f"ledger/{field}" for field in Moments._fields)]
 def _added_up(
     snapshots: list[_Snapshot], factors: np.ndarray, like: dict[KeyPath, np.ndarray], bar: tqdm
 ) -> dict[KeyPath, np.ndarray]:
-    """Some leaves of the sum, in the dtypes of `like`."""
+    """Return some leaves of the sum, in the dtypes of `like`."""
     total = None
     for snapshot, factor in zip(snapshots, factors.tolist(), strict=True):
         if factor:
@@ -247,7 +247,7 @@ def _all(leaves: Iterable[KeyPath]) -> str:
 
 
 def _names(nodes: Iterable[KeyPath]) -> dict[KeyPath, str]:
-    """What to call each average: what its path does not share with all the others."""
+    """Return a short name for each average: the part of its path that differs from the others."""
     nodes = list(nodes)
     shared = set.intersection(*map(set, nodes)) if nodes else set()
     own = {node: [key for key in node if key not in shared] or node[-1:] for node in nodes}
@@ -259,7 +259,7 @@ def _names(nodes: Iterable[KeyPath]) -> dict[KeyPath, str]:
 def _sources(
     snapshots: list[_Snapshot], given: dict[str, Source | NamedSource] | None
 ) -> dict[KeyPath, NamedSource]:
-    """What each average was."""
+    """Return the decay of each average."""
     by_node: dict[KeyPath, list[_Snapshot]] = {}
     for snapshot in snapshots:
         by_node.setdefault(snapshot.node, []).append(snapshot)

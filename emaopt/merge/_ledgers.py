@@ -1,4 +1,4 @@
-"""What the averages of a run are: as somebody says, or as their ledgers tell.
+"""Find the decays of the averages of a run: as the user says, or from their ledgers.
 
 A ledger holds three moments of an average's weights. They follow from the decay, and of the decays
 with one parameter, one at most has the moments of all snapshots.
@@ -30,14 +30,14 @@ _DECAYS: dict[str, Callable[[float], Source]] = {
 
 
 class NamedSource(NamedTuple):
-    """An average that was recorded, and what to call it."""
+    """Hold a recorded average and its name."""
 
     text: str
     decay: Source
 
 
 class Moments(NamedTuple):
-    """A ledger: the weight of the initial values, mean age in updates, sum of squared weights."""
+    """Hold a ledger: the weight of the initial values, mean age, and sum of squared weights."""
 
     initial: float
     age: float
@@ -45,7 +45,7 @@ class Moments(NamedTuple):
 
 
 def parse(text: str) -> NamedSource:
-    """A decay of the command line: `sigma_rel:0.05`, `half_life:1000`."""
+    """Return a decay from the command line: `sigma_rel:0.05`, `half_life:1000`."""
     name, _, number = text.partition(":")
     try:
         return NamedSource(text, _DECAYS[name](float(number)))
@@ -56,7 +56,7 @@ def parse(text: str) -> NamedSource:
 
 
 def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> NamedSource | None:
-    """The decay that makes these ledgers of so many updates, if it is of one of four kinds."""
+    """Return the decay of one of four kinds that makes these ledgers, or `None`."""
     order = [i for i in np.argsort(steps) if steps[i] > 0]
     recorded = np.array([ledgers[i] for i in order]).reshape(-1, 3)
     steps = [int(steps[i]) for i in order]
@@ -73,7 +73,7 @@ def recognize(steps: Sequence[int], ledgers: Sequence[Moments]) -> NamedSource |
 
 
 def _moments(decay: Source, steps: list[int]) -> Iterator[Moments]:
-    """What the ledger says after each of these numbers of updates."""
+    """Return the ledger of a decay after each of these numbers of updates."""
     taken = rates_of(decay, steps[-1])
     initial, age, square = 1.0, 0.0, 1.0
     for a, b in zip([0, *steps], steps, strict=False):
@@ -109,7 +109,7 @@ _KINDS = (
 
 
 def _fitted(kind: Callable[[float, int], NamedSource], t: int, age: float) -> NamedSource:
-    """The decay of a kind that has this mean age after t updates: the Illinois method."""
+    """Find the decay of a kind with this mean age after t updates, by the Illinois method."""
 
     def error(x: float) -> float:
         *_, moments = _moments(kind(math.exp(x), t).decay, [t])

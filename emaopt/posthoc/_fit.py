@@ -23,7 +23,7 @@ NOISE = 1e-7
 
 
 class Block(NamedTuple):
-    """What each source does in the interval between two snapshot steps.
+    """Hold what each source does in the interval between two snapshot steps.
 
     `taken`: float64 [coordinates, sources], the values that it took there. `kept`: float64
     [sources], the share that it kept of everything before.

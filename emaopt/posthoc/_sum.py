@@ -15,7 +15,7 @@ FIRST = "the first snapshot"
 
 
 class Sum:
-    """A sum of trees that are like the first one.
+    """Add up trees that are like the first one.
 
     There is one total per leaf. The total of floating-point numbers is a `_Total`; any other leaf
     has the last value, `_Last`.
@@ -56,7 +56,7 @@ class Sum:
 
 
 class _Last:
-    """The last value of a leaf that is not summed: an integer, a key, an absent leaf."""
+    """Keep the last value of a leaf that is not summed: an integer, a key, an absent leaf."""
 
     def __init__(self) -> None:
         self.x: Any = None
@@ -73,7 +73,7 @@ class _Last:
 
 
 class _Total:
-    """The sum of one leaf, float64, in the pieces of its sharding."""
+    """Add up one leaf in float64, in the pieces of its sharding."""
 
     def __init__(self, like: jax.ShapeDtypeStruct, sharding: Any):
         self.like, self.sharding = like, sharding

@@ -125,6 +125,7 @@ def test_a_preset_names_the_version_that_it_was_compared_with(name):
     assert version in PRESETS[name].__doc__
 
 
+@pytest.mark.many(6)
 @pytest.mark.parametrize("case", {case["name"]: case for case in CASES}.values(), ids=title)
 def test_what_a_preset_takes_over_several_updates_is_the_product_of_its_decays(case):
     decay = preset(case)
@@ -236,6 +237,7 @@ INSTEAD = {
 }
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", INSTEAD)
 def test_what_a_library_does_instead_of_what_it_documents(name):
     actual, documented = (averages(decay, VALUES) for decay in INSTEAD[name])
@@ -297,6 +299,7 @@ def test_keras_resumed_without_averages_starts_from_zero():
 STALLED = [name.removesuffix("_in_bfloat16") for name in DEFECTS if name.endswith("_in_bfloat16")]
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("name", STALLED)
 def test_in_bfloat16_the_library_stands_still_and_the_preset_does_not(name):
     case = DEFECTS[f"{name}_in_bfloat16"]
@@ -307,6 +310,7 @@ def test_in_bfloat16_the_library_stands_still_and_the_preset_does_not(name):
     np.testing.assert_allclose(ours[-1], 1 + left, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_karras_is_as_wide_as_asked_for_whatever_update_every():
     updates, sigma_rel = 2000, 0.1
     t = np.arange(updates + 1) / updates

@@ -76,6 +76,7 @@ def assert_tf1(path, run):
         assert found[name].dtype == value.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("abstract", [False, True])
 def test_loaded_trained_on_and_handed_back_it_is_tf1s_own_run(abstract, run, tmp_path):
     like = PARAMS, TX.init(PARAMS)
@@ -89,6 +90,7 @@ def test_loaded_trained_on_and_handed_back_it_is_tf1s_own_run(abstract, run, tmp
     assert np.array_equal(params["user"]["weights"] == 0, run["user/weights"] == 0)
 
 
+@pytest.mark.slow
 def test_in_between_it_can_be_an_orbax_checkpoint(run, tmp_path):
     """Saved with the averages under the original names, which are up to date there."""
     from orbax.checkpoint import v1 as ocp

@@ -81,6 +81,7 @@ def load_run(run, swapped):
     return tx, prefix, tf1.load(prefix, MLP, tx.init(MLP), swapped=swapped)
 
 
+@pytest.mark.many(3)
 @forms
 @runs
 def test_a_run_goes_on_as_in_tf1(run, swapped, arrays):
@@ -138,6 +139,7 @@ STATES = {
 }
 
 
+@pytest.mark.many(14)
 @pytest.mark.parametrize(
     ("state", "swapped"),
     [(s, False) for s in STATES]
@@ -196,6 +198,7 @@ def test_what_is_loaded_can_be_donated(tmp_path):
 # what one checkpoint each has
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_widened_and_handed_back_where_no_bit_is_lost(dtype, tmp_path):
     tx = optax.chain(momentum(0.02, 0.8), ema(0.9))
@@ -704,6 +707,7 @@ def test_damaged_data_is_named_with_its_variable_and_the_cause(damage, message, 
         tf1.load(tmp_path / "run", MLP, transformation("adam").init(MLP))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_as_the_cause(tmp_path):
     """The limit on the size of a file stands for the disk: both fail in the same place."""
     code = f"""

@@ -67,6 +67,7 @@ def trained():
     return steps(CHAIN, pack(TREE), pack(GRADS))
 
 
+@pytest.mark.many(6)
 @pytest.mark.parametrize("tree", [MIXED, TREE, {}, None, jnp.ones(2), {"a": jnp.zeros((2, 0))}])
 @pytest.mark.parametrize("max_size", [0, 2, 2**16])
 def test_unpack_gives_back_what_was_packed_bit_for_bit(tree, max_size):
@@ -103,6 +104,7 @@ def lenient():
         yield
 
 
+@pytest.mark.many(2)
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("name", LIKE_TREES)
 def test_training_is_that_of_the_tree(name):
@@ -115,6 +117,7 @@ def copied(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(
     "wrap", [lambda tx: optax.MultiSteps(tx, 2), lambda tx: optax.apply_if_finite(tx, 3)]
@@ -141,6 +144,7 @@ def loss(params):
     return jnp.sum(jnp.tanh(params["w"]) * params["scale"]) + jnp.prod(params["b"])
 
 
+@pytest.mark.slow
 def test_derivatives_of_every_order_and_mode_are_those_of_the_tree():
     opened = lambda packed: loss(unpack(packed))
     packed, direction = pack(TREE), pack(GRADS)
@@ -167,6 +171,7 @@ def test_leaves_of_one_shape_share_one_kernel():
     assert " slice(" not in hlo.split("ENTRY")[1]
 
 
+@pytest.mark.slow
 def test_vmap_over_the_whole_and_a_leading_axis():
     packed = pack(TREE)
     three = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), packed)
@@ -216,6 +221,7 @@ def test_names_are_those_of_the_unpacked_state():
         emaopt.matching("w")(pack(TREE))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_original_names_and_training_goes_on(tmp_path):
     tree, state = unpack(trained())
     with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
@@ -232,6 +238,7 @@ def test_a_checkpoint_holds_the_original_names_and_training_goes_on(tmp_path):
     bitwise(got, emaopt.average(tree, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_replicated_leaves_are_joined_and_sharded_ones_stay(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))

@@ -23,6 +23,7 @@ def tables_of(*ids, size=None):
     return {"table": emaopt.rows(jnp.array(ids), size)}
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (4, 3), (2, 0, 3), (2, 3, 4)])
 @pytest.mark.parametrize("jitted", [False, True])
 def test_ids_stand_once_each_and_positions_lead_back(shape, jitted):
@@ -44,6 +45,7 @@ def test_size_is_the_number_of_rows(size):
     np.testing.assert_array_equal(found.positions, [2, 0, 2, 1])
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.uint32])
 def test_ids_of_any_integer_dtype(dtype):
     ids = np.array([200 if dtype == np.uint8 else 20_000, 3], dtype)
@@ -87,6 +89,7 @@ def test_put_writes_them_back_and_nothing_else():
     np.testing.assert_array_equal(back["bias"], 0)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("shape", [(6,), (6, 2), (6, 2, 3)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
 def test_tables_of_any_rank_and_dtype(shape, dtype):
@@ -122,6 +125,7 @@ def looked_up(table, positions):
     return jnp.sum(table[positions] ** 2 * jnp.array([[1.0], [2.0], [-3.0]]))
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", OTHER_STATES)
 @jax.numpy_dtype_promotion("standard")  # Optax divides by integers
 def test_a_step_on_rows_is_a_dense_step_for_those_rows(name):
@@ -230,6 +234,7 @@ def step(params, opt_state, ids):
     return emaopt.put((params, opt_state), (small, small_state), tables)
 
 
+@pytest.mark.slow
 def test_in_a_scan_as_step_by_step():
     batches = jax.random.randint(jax.random.key(0), (5, 4), 0, 6)
 
@@ -286,6 +291,7 @@ def test_a_row_goes_through_a_view_with_every_bit(jitted):
     assert np.asarray(after["table"]).tobytes() == np.asarray(params["table"]).tobytes()
 
 
+@pytest.mark.slow
 def test_padding_is_harmless():
     """No NaN from accumulators of zero, and next to nothing in a norm behind the optimizer."""
     tx = optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_rss(0.0, 0.0), TX)
@@ -354,6 +360,7 @@ def test_under_jit_too_small_a_size_is_all_nan_and_writes_nothing():
 # in other people's models
 
 
+@pytest.mark.slow
 def test_linen_has_a_table_as_large_as_the_view():
     class Model(nn.Module):
         number: int
