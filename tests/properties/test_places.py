@@ -3,6 +3,7 @@
 import functools
 
 import compare
+import compiling
 import jax
 import jax.numpy as jnp
 import optax
@@ -181,7 +182,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_in_every_place_the_numbers_are_the_plain_ones_compiled_once(name, place):
     carry, step, feed, read = PLACES[place](*TRANSFORMATIONS[name])
-    step = jax.jit(step)
+    step = compiling.jit(step)
     # optax.MultiSteps itself mixes dtypes
     with jax.numpy_dtype_promotion("standard" if place == "multi_steps" else "strict"):
         for grads in feed:
@@ -189,7 +190,7 @@ def test_in_every_place_the_numbers_are_the_plain_ones_compiled_once(name, place
     params, opt_state = read(carry)
     close(jax.tree.leaves(params), jax.tree.leaves(plain(name)[0]))
     close(own_state(opt_state), own_state(plain(name)[1]))
-    assert step._cache_size() == 1
+    assert compiling.compilations(step) == 1
 
 
 @pytest.mark.many(6)
@@ -220,7 +221,7 @@ def test_an_ensemble_under_vmap_is_its_members(name):
     member = lambda tree, scale: jax.tree.map(lambda x: x * scale, tree)
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
-    step = jax.jit(jax.vmap(step_of(tx)))
+    step = compiling.jit(jax.vmap(step_of(tx)))
     params = stack([member(PARAMS, s) for s in scales])
     ensemble = params, jax.vmap(tx.init)(params)
     one_step = jax.jit(step_of(tx))
@@ -229,7 +230,7 @@ def test_an_ensemble_under_vmap_is_its_members(name):
         ensemble = step(ensemble, stack([member(grads, s) for s in scales]))
         members = [one_step(m, member(grads, s)) for m, s in zip(members, scales, strict=True)]
     close(ensemble, stack(members))
-    assert step._cache_size() == 1
+    assert compiling.compilations(step) == 1
 
 
 @pytest.mark.many(4)
@@ -257,11 +258,11 @@ def test_hyper_parameters_may_be_traced(name):
             carry = step_of(tx)(carry, grads)
         return carry
 
-    traced = jax.jit(run)
+    traced = compiling.jit(run)
     half = {k: v / 2 for k, v in NUMBERS[name].items()}
     close(traced(NUMBERS[name]), plain(name))
     close(traced(half), run(half))
-    assert traced._cache_size() == 1
+    assert compiling.compilations(traced) == 1
 
 
 @pytest.mark.many(4)
@@ -270,14 +271,14 @@ def test_an_injected_hyper_parameter_may_change_without_recompiling(name):
     factory, hyper = TRANSFORMATIONS[name]
     number = next(iter(NUMBERS[name]))
     tx, changed = injected(factory, hyper), factory(**hyper | {number: hyper[number] / 2})
-    step = jax.jit(step_of(tx))
+    step = compiling.jit(step_of(tx))
     params, opt_state = step((PARAMS, tx.init(PARAMS)), GRADS[0])
 
     opt_state.hyperparams[number] = opt_state.hyperparams[number] / 2
     got = step((params, opt_state), GRADS[1])
     expected = step_of(changed)((params, opt_state.inner_state), GRADS[1])
     close((got[0], got[1].inner_state), expected)
-    assert step._cache_size() == 1
+    assert compiling.compilations(step) == 1
 
 
 COPY = emaopt.ema(0)

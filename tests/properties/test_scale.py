@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,7 +141,7 @@ def test_an_average_on_the_host_stays_there_and_is_the_same(name):
     here, there = mean.init(params), emaopt.on_host(mean.init(params))
     places = jax.tree.map(lambda x: x.sharding, there)
     on_devices = jax.jit(lambda *args: mean.update(*args), donate_argnums=1)
-    on_host = jax.jit(lambda *args: mean.update(*args), donate_argnums=1)
+    on_host = compiling.jit(lambda *args: mean.update(*args), donate_argnums=1)
     for t in (10, 20):
         params = grown(params)
         here, there = on_devices(params, here, t), on_host(params, there, t)
@@ -149,7 +150,7 @@ def test_an_average_on_the_host_stays_there_and_is_the_same(name):
     assert memory_kinds((there.shadow, there.residue)) == {"pinned_host"}
     assert memory_kinds((there.step, there.ledger, emaopt.average(params, there))) == {"device"}
     bitwise(emaopt.average(params, there), emaopt.average(params, here))
-    assert on_host._cache_size() == 1
+    assert compiling.compilations(on_host) == 1
 
 
 def test_an_update_of_an_average_on_the_host_is_in_place_and_local():
@@ -166,7 +167,7 @@ def test_every_k_steps_is_what_the_chain_would_average():
     k, decay, grads = 2, emaopt.half_life(3), {"w": jnp.ones(4)}
     tx = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(emaopt.every(k, decay)))
     mean = emaopt.moving_average(emaopt.every(k, decay))
-    update = jax.jit(mean.update, donate_argnums=1)
+    update = compiling.jit(mean.update, donate_argnums=1)
     params = {"w": jnp.arange(4.0)}
     opt_state, average = tx.init(params), emaopt.on_host(mean.init(params))
     weights = np.array([params["w"]])
@@ -175,7 +176,7 @@ def test_every_k_steps_is_what_the_chain_would_average():
         weights = np.append(weights, [params["w"]], axis=0)
         if step % k == 0:
             average = update(params, average, step)
-    assert update._cache_size() == 1
+    assert compiling.compilations(update) == 1
     close(average.shadow, opt_state[-1].shadow, rtol=1e-5, atol=1e-6)
     kept = 0.5 ** (k / 3)  # of a decay d over k updates: d**k
     want = weights[0]

@@ -7,6 +7,7 @@ they are part of the types (Explicit).
 import functools
 import re
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,11 +114,11 @@ def test_states_are_made_where_their_parameters_are_under_jit(name, kind):
 @each_mesh
 def test_a_step_keeps_shardings_and_numbers_and_compiles_once(name, kind):
     tx, params = TRANSFORMATIONS[name], sharded(kind)
-    step = jax.jit(step_of(tx))
+    step = compiling.jit(step_of(tx))
     carry, expected = (params, tx.init(params)), plain(name)
     for _ in range(3):
         carry = step(carry, params)
-    assert step._cache_size() == 1
+    assert compiling.compilations(step) == 1
     assert_beside_params(carry, params)
     for a, b in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
         b = np.asarray(b, np.float64)

@@ -1,5 +1,6 @@
 """A clock in samples or tokens: `update(..., advance=n)`."""
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,11 +104,11 @@ def test_an_advance_of_nothing_leaves_the_average():
 
 def test_another_advance_does_not_compile_again():
     mean = moving_average(power(7))
-    update = jax.jit(mean.update)
+    update = compiling.jit(mean.update)
     state = mean.init(jnp.zeros(()))
     for tokens in (3, 5, 8):
         state = update(jnp.ones(()), state, advance=jnp.int32(tokens))
-    assert update._cache_size() == 1
+    assert compiling.compilations(update) == 1
     assert state.step == 16
 
 

@@ -3,6 +3,7 @@
 import functools
 from fractions import Fraction
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,10 +227,10 @@ def test_a_sum_and_what_rounding_took_from_it_are_exact(x, increment):
 def test_dtypes_are_those_of_init_under_scan_donation_and_vmap(kind):
     mean = emaopt.moving_average(0.9, accumulator_dtype=kind, ledger=True)
     values = {"w": jnp.ones((3, 2), jnp.bfloat16), "n": jnp.arange(3), "none": None}
-    step = jax.jit(lambda state, x: (mean.update(x, state), None), donate_argnums=0)
+    step = compiling.jit(lambda state, x: (mean.update(x, state), None), donate_argnums=0)
     state, _ = step(mean.init(values), values)
     state, _ = step(state, values)
-    assert step._cache_size() == 1
+    assert compiling.compilations(step) == 1
     scanned, _ = jax.lax.scan(lambda s, _: step(s, values), mean.init(values), length=2)
     jax.tree.map(np.testing.assert_array_equal, scanned, state)
     dtypes = lambda tree: [x.dtype for x in jax.tree.leaves(tree)]

@@ -2,6 +2,7 @@
 
 import re
 
+import compiling
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -260,12 +261,12 @@ def test_donated_the_step_is_in_place_and_compiles_once():
         jax.tree.leaves(carry)
     )
     assert memory.temp_size_in_bytes < table / 100
-    jitted = jax.jit(step, donate_argnums=(0, 1))
+    jitted = compiling.jit(step, donate_argnums=(0, 1))
     before = carry[0]["table"].unsafe_buffer_pointer()
     for i in range(3):
         carry = jitted(*carry, jnp.arange(i, i + 8))
     assert carry[0]["table"].unsafe_buffer_pointer() == before
-    assert jitted._cache_size() == 1
+    assert compiling.compilations(jitted) == 1
 
 
 def test_a_cpu_reads_each_row_in_vectors_and_others_read_the_table_alone():
