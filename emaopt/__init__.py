@@ -42,12 +42,9 @@ from ._average.ema import (
     ema as ema,
     moving_average as moving_average,
 )
-from ._average.feedback import (
-    PrimalState as PrimalState,
-    overwrite as overwrite,
-    primal as primal,
-)
+from ._average.feedback import overwrite as overwrite, primal as primal
 from ._average.find import (
+    PrimalState as PrimalState,
     average as average,
     averages as averages,
     reset as reset,

@@ -6,7 +6,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from emaopt._tree.leaves import apply_update, by_path, tree_map
 from emaopt._tree.numbers import is_concrete, is_inexact, wide
 from emaopt._tree.paths import Tree
 
-from .find import average as average_of, averages, with_values
+from .find import PrimalState, average as average_of, averages, with_values
 from .match import match, replace
 
 
@@ -132,18 +132,6 @@ def _is_due(n: int, before: Tree, state: Tree) -> tuple[jax.Array, jax.Array]:
     last, step = (next(iter(averages(s).values())).step for s in (before, state))
     period = jnp.asarray(n, step.dtype)
     return step // period > last // period, step
-
-
-class PrimalState(NamedTuple):
-    """Hold the state of `primal`. `base`: of the optimizer. `average`: of the average, which is x.
-
-    `z`: where the optimizer stands, float32, at leaves whose parameters are narrower than float32;
-    `None` at other leaves, where z follows from the parameters and the average.
-    """
-
-    base: Tree
-    average: Tree
-    z: Tree
 
 
 def primal(

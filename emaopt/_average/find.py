@@ -8,7 +8,7 @@ and state. Inside `jit` nothing is copied. `swap` copies nothing: the arrays cha
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,24 @@ import jax.numpy as jnp
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import by_path, from_paths
 from emaopt._tree.numbers import is_concrete
-from emaopt._tree.paths import KeyPath, Params, State, Tree
+from emaopt._tree.paths import KeyPath, Params, State, Tree, key_name
 
 from .ema import EmaState, SwappedEmaState, start_leaf
 from .ledger import start as start_ledger
 from .match import Match, choose, find, match, replace
 from .rounding import Compensated, Nearest, Stored
+
+
+class PrimalState(NamedTuple):
+    """Hold the state of `primal`. `base`: of the optimizer. `average`: of the average, which is x.
+
+    `z`: where the optimizer stands, float32, at leaves whose parameters are narrower than float32;
+    `None` at other leaves, where z follows from the parameters and the average.
+    """
+
+    base: Tree
+    average: Tree
+    z: Tree
 
 
 def averages(opt_state: Tree) -> dict[str, EmaState]:
@@ -173,7 +185,8 @@ def reset(params: Tree, opt_state: State, name: str | None = None) -> State:
 
     Use it for a new phase of training: after a warm-up, or when the data or the learning rate
     change. It works through any wrapper (`optax.MultiSteps`, `masked`, `named_chain`,
-    `apply_if_finite`, `heal`, packed parameters) and inside `jit`. The rest of the state stays.
+    `apply_if_finite`, `heal`, packed parameters) and inside `jit`. The rest of the state stays. In
+    `primal` the optimizer goes on from `params` too, for parameters of any dtype.
 
     Args:
         params: the parameters, as for `average`.
@@ -198,7 +211,25 @@ def reset(params: Tree, opt_state: State, name: str | None = None) -> State:
         shadow = by_path(found.state.shadow)
         values = {path: matched.leaves.get((*part, *path)) for path in shadow}
         new[found.path] = _restarted(found.state, values)
+        opt_state = _with_z(opt_state, found.path, values)
     return replace(opt_state, new)
+
+
+def _with_z(opt_state: State, path: KeyPath, values: dict[KeyPath, Any]) -> State:
+    """Move the z of the `primal` around an average to these values, where it is stored."""
+
+    def moved(keys: Any, node: Any) -> Any:
+        place = tuple(map(key_name, keys))
+        if not isinstance(node, PrimalState) or path[: len(place)] != place:
+            return node
+        z = by_path(node.z)
+        for leaf, old in z.items():
+            if old is not None:
+                z[leaf] = stay(old, jnp.asarray(values[leaf]).astype(old.dtype))
+        return node._replace(z=from_paths(node.z, z))
+
+    is_primal = lambda node: isinstance(node, PrimalState)
+    return jax.tree_util.tree_map_with_path(moved, opt_state, is_leaf=is_primal)
 
 
 def _restarted(state: EmaState, values: dict[KeyPath, Any]) -> EmaState:

@@ -306,6 +306,18 @@ def test_a_run_is_resumed_bit_for_bit_with_its_averages_under_the_original_names
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_reset_average_and_its_optimizer_start_from_the_parameters(dtype):
+    """In bfloat16 z is stored, and would lead the parameters back to where it stood."""
+    tx = optax.apply_if_finite(emaopt.primal(optax.sgd(0.2), emaopt.ema(emaopt.power(0))), 3)
+    start = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    params, opt_state = train(tx, start, NOISE[:10])
+    again = train(tx, params, NOISE[10:15], emaopt.reset(params, opt_state))
+    fresh = train(tx, params, NOISE[10:15])
+    for a, b in zip(jax.tree.leaves(again[0]), jax.tree.leaves(fresh[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_it_scans_with_donation_and_compiles_once():
     tx = emaopt.primal(optax.sgd(0.2), emaopt.ema(emaopt.power(0)))
 
