@@ -35,8 +35,7 @@ for room in pkgutil.iter_modules(emaopt.__path__):
             importlib.import_module(f"emaopt.{room.name}")
         except ModuleNotFoundError as error:
             absent[room.name] = str(error)
-assert absent.keys() == {"merge"}, absent
-assert 'pip install "emaopt[posthoc]"' in absent["merge"], absent
+assert not absent, absent
 
 assert command("--version") == (0, f"emaopt {emaopt.__version__}\n", "")
 assert command("--help")[0] == 0

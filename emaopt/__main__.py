@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 import emaopt
 from emaopt._commands.arguments import (
@@ -12,23 +11,13 @@ from emaopt._commands.arguments import (
     add_diff,
     add_ls,
     complete_files,
+    numbers,
+    updates,
     whole,
 )
+from emaopt._commands.parser import Parser
 from emaopt._commands.running import open_streams, run
 from emaopt._extras import require
-from emaopt._tree.paths import printable
-
-
-_LONGEST = 2000  # characters of an error
-
-
-class _Parser(argparse.ArgumentParser):
-    """Parse the command line, and say in one line what is wrong with an argument."""
-
-    def error(self, message: str) -> NoReturn:
-        text = printable(" ".join(message.split()).rstrip("."))
-        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-        self.exit(2, f"{self.prog}: {text}. See {self.prog} --help.\n")
 
 
 class _Completion(argparse.Action):
@@ -52,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of all commands. It imports none of them."""
-    parser = _Parser(
+    parser = Parser(
         prog="emaopt",
         description="Averages of the parameters, for JAX and Optax.",
         epilog="emaopt COMMAND --help says more of a command, with examples.",
@@ -80,49 +69,53 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         commands,
         "merge",
         "emaopt._commands.merge:command",
-        help="another average from the checkpoints of a run, after training",
+        help="merge checkpoints: in place of a learning-rate decay, or to another average",
         description=(
-            "Add up the averages in the checkpoints of a run to one of another length, and\n"
-            "write it to OUT: a checkpoint of Orbax with the item params. How far it will be\n"
-            "from the average that is wanted is known before, from the decays alone. Without\n"
-            "a target and without OUT, a list of targets with these errors is printed.\n\n"
-            "What the recorded averages are, their ledgers say: emaopt.ema(..., ledger=True).\n"
-            "Leaves of params that are not averaged are those of the newest checkpoint."
+            "Add up the checkpoints of a run, block by block, and write a checkpoint of Orbax\n"
+            "with the item params to OUT; or a file, if OUT ends in .safetensors.\n\n"
+            "Of any run of Orbax, of .safetensors files or of TF1 the plain parameters are\n"
+            "merged, as a decay of the learning rate would have merged the updates between\n"
+            "the checkpoints. Of a run with recorded averages, emaopt.ema(..., ledger=True),\n"
+            "any other average is made. What is predicted is printed before anything is read:\n"
+            "the noise that remains, or the error. Without a target and OUT, it is printed\n"
+            "for targets of all lengths.\n\n"
+            "Several runs, or checkpoints, are a soup: the mean, or --weights.\n\n"
+            "A decay takes the last N updates, the checkpoints that --last says, or all."
         ),
         examples=[
-            "emaopt merge run                              what is within reach?",
-            "emaopt merge run --sigma-rel 0.15 out",
-            "emaopt merge run --window 5000 --at 20000 out",
-            "emaopt merge run --source fast=decay:0.99 --source slow=decay:0.998 \\",
-            "                      --half-life 700 out",
+            "emaopt merge run                             what is within reach?",
+            "emaopt merge run --one-minus-sqrt 5000 out   as a decay of 5000 updates",
+            "emaopt merge run --mean --last 8 out",
+            "emaopt merge run --mean --last 8 --curve out at every checkpoint",
+            "emaopt merge run --sigma-rel 0.15 out        of recorded averages",
+            "emaopt merge run --source fast=decay:0.99 --half-life 700 out",
+            "emaopt merge run1 run2 run3 soup --weights 0.5,0.25,0.25",
         ],
         extra="posthoc",
     )
-    merge.usage = "emaopt merge [options] RUN [OUT]"  # argparse would not break the line
+    merge.usage = "%(prog)s [options] RUN [RUN ...] [OUT]"
+    vars(merge)["intermixed"] = True  # see Parser
     complete_files(
-        merge.add_argument("run", metavar="RUN", help="a directory with checkpoints of Orbax")
+        merge.add_argument(
+            "paths",
+            metavar="RUN",
+            nargs="+",
+            help="a directory with checkpoints, or a checkpoint; OUT: a new directory or file",
+        )
     )
-    merge.add_argument(
-        "destination", metavar="OUT", help="a new directory"
-    ).required = False  # nargs="?" would not be looked for after an option
     target = merge.add_mutually_exclusive_group()
     for option, kind, name, what in (
+        ("--mean", updates, "[N]", "the mean of the last checkpoints, or N updates"),
+        ("--linear", updates, "[N]", "the same: a learning rate that fell linearly"),
+        ("--one-minus-sqrt", updates, "[N]", "a learning rate that fell as 1 - sqrt"),
+        ("--cosine", updates, "[N]", "a learning rate that fell as half a cosine"),
+        ("--factors", numbers, "F,F,...", "one that was multiplied by these, between checkpoints"),
         ("--sigma-rel", float, "S", "a power average of this relative width, up to 0.2887"),
         ("--gamma", float, "G", "a power average of this exponent"),
         ("--half-life", float, "N", "an average of constant decay; its half-life in updates"),
-        ("--window", whole(1, 10**9), "N", "the mean of the last N updates"),
-        ("--linear", whole(1, 10**9), "N", "the same: a learning rate that fell linearly"),
-        (
-            "--one-minus-sqrt",
-            whole(1, 10**9),
-            "N",
-            "one that fell as 1 - sqrt, in steps of the checkpoints",
-        ),
     ):
         target.add_argument(option, type=kind, metavar=name, help=what)
-    merge.add_argument(
-        "--at", type=whole(0, 10**12), metavar="STEP", help="of a checkpoint; default: the newest"
-    )
+    _add_choice(merge)
     merge.add_argument(
         "--source",
         action="append",
@@ -142,6 +135,39 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         "--plot", type=Path, metavar="FILE", help="draw the predicted error over sigma_rel"
     )
     merge.add_argument("--json", action="store_true", dest="as_json", help="for machines")
+
+
+def _add_choice(merge: argparse.ArgumentParser) -> None:
+    """Add the options that say which checkpoints are merged."""
+    merge.add_argument(
+        "--window", type=whole(1, 10**9), metavar="N", help="the last N updates, of any decay"
+    )
+    merge.add_argument(
+        "--last", type=whole(2, 10**9), metavar="K", help="the last K checkpoints, of any decay"
+    )
+    merge.add_argument(
+        "--every",
+        type=whole(1, 10**9),
+        metavar="N",
+        help="only checkpoints that are N updates or more apart, the newest first",
+    )
+    merge.add_argument(
+        "--curve",
+        action="store_true",
+        help="merge at every checkpoint, to OUT/STEP; without OUT, say what is predicted",
+    )
+    merge.add_argument(
+        "--at", type=whole(0, 10**12), metavar="STEP", help="of a checkpoint; default: the newest"
+    )
+    merge.add_argument(
+        "--params",
+        metavar="NODE",
+        help="merge the plain parameters, not averages; they lie at this node, such as "
+        "state/params",
+    )
+    merge.add_argument(
+        "--weights", type=numbers, metavar="W,W,...", help="of several runs; their sum is 1"
+    )
 
 
 if __name__ == "__main__":

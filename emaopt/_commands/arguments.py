@@ -213,6 +213,19 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def updates(text: str) -> int | str:
+    """Return the number of updates of a decay; `all`, if it is not said."""
+    return text if text == "all" else whole(1, 10**9)(text)
+
+
+def numbers(text: str) -> list[float]:
+    """Return numbers that are joined with commas."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers: 0.5,0.25") from None
+
+
 def whole(least: int, most: int) -> Callable[[str], int]:
     """Return the type of an argument: a whole number from `least` to `most`."""
 

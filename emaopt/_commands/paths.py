@@ -2,9 +2,7 @@
 
 import os
 import re
-import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,11 @@ from etils.epath import Path
 from emaopt._extras import require
 from emaopt._tree.paths import KeyPath, printable
 from emaopt.checkpoint._run import FINISHED, finished_steps
+from emaopt.checkpoint._unfinished import (
+    remove as remove_whole,
+    remove_unfinished,
+    temporary as temporary,
+)
 
 
 TF1, ORBAX, SAFETENSORS = "TF1", "Orbax", "safetensors"
@@ -98,42 +101,14 @@ def check_new(path: Path) -> None:
     for file in files:
         if re.fullmatch(re.escape(path.name) + r"(\.index|\.meta|\.data-\d+-of-\d+)?", file.name):
             raise FileExistsError(f"{file} exists. Pass another DESTINATION")
-    for file in files:
-        process = re.fullmatch(re.escape(path.name) + r"\.tmp(\d+)", file.name)
-        if process and "://" not in str(path) and not _is_running(int(process[1])):
-            shutil.rmtree(file)
-            say(f"removed {file}, which an interrupted command left")
-
-
-def temporary(path: Path) -> Path:
-    """Return where a checkpoint is written before it is whole: beside it, with this process's id.
-
-    The name is also that of `emaopt.tf1.save`.
-    """
-    return Path(f"{path}.tmp{os.getpid()}")
-
-
-def _is_running(process: int) -> bool:
-    """Return whether another process of this id runs on this machine."""
-    if process == os.getpid():
-        return False  # in a container, the process that was killed had the same one
-    try:
-        os.kill(process, 0)
-    except PermissionError:  # it is of another user
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
+    for file in remove_unfinished(path):
+        say(f"removed {file}, which an interrupted command left")
 
 
 def remove(path: Path) -> None:
     """Remove a directory that threads of Orbax may still write to, or say that it is left."""
-    for _ in range(50):
-        if not path.exists():
-            return
-        shutil.rmtree(path, ignore_errors=True)
-        time.sleep(0.1)
-    say(f"{path} is left. The next command with this DESTINATION removes it")
+    if not remove_whole(path):
+        say(f"{path} is left. The next command with this DESTINATION removes it")
 
 
 def say(text: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from etils.epath import Path
 
 
-_DTYPES = {
+DTYPES = {
     "BOOL": "bool",
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
@@ -89,7 +89,7 @@ def _header(path: Path) -> dict[str, Tensor]:
     for name, about in sorted(header.items()):
         tensor = Tensor(
             tuple(map(int, about["shape"])),
-            jnp.dtype(_DTYPES[about["dtype"]]),
+            jnp.dtype(DTYPES[about["dtype"]]),
             8 + length + int(about["data_offsets"][0]),
         )
         if tensor.start + tensor.dtype.itemsize * np.prod(tensor.shape, dtype=object) > size:

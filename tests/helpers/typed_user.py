@@ -198,7 +198,10 @@ def after_training(snapshots: list[Params]) -> Params:
     assert_type(error, float)
     weights = posthoc.weights([10, 20], emaopt.half_life(5), at=20, target=emaopt.power(3))
     print(posthoc.sigma_rel(gammas[0]))
-    merge.Run.open("/run", sources={"fast": 0.05}).write("/out", target=posthoc.gamma(0.15))
+    run = merge.Run.open("/run", sources={"fast": 0.05})
+    assert_type(run.plan(posthoc.gamma(0.15)), merge.Plan).write("/out")
+    assert_type(run.snapshots[0], merge.Snapshot)
+    merge.soup(["/run", "/other"], weights=[0.25, 0.75]).write("/soup")
     return assert_type(posthoc.synthesize(snapshots, weights), Params)
 
 

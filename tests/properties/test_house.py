@@ -29,8 +29,8 @@ ROOMS = {
         LIGHT | {"tensorboardX"},
     ),
     "merge": (
-        {"_tree", "_average", "checkpoint", "posthoc"},
-        LIGHT | {"etils", "orbax", "tqdm"},
+        {"_tree", "_average", "_names", "checkpoint", "posthoc", "tf1"},
+        LIGHT | {"etils", "orbax", "tensorstore"},
     ),
     "__init__": ({"_tree", "_average", "_optimizers", "_names"}, set()),
     "_commands": (
@@ -46,15 +46,16 @@ FLOORS = {
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
-    "checkpoint": "_errors _leaf _digest _place _run _safetensors _trees | _contents _item"
-    " _verify | _stored _items _shards | _write | _partial _export _snapshot _watch | _resume"
-    " | _managers | __init__",
+    "checkpoint": "_errors _leaf _digest _place _run _safetensors _trees _unfinished"
+    " | _contents _item _verify | _stored _items _shards | _write"
+    " | _partial _export _snapshot _watch | _resume | _managers | __init__",
     "presets": "_common | _tensorflow _pytorch _trainers _jax | __init__",
     "posthoc": "_falls _fit _sum | __init__",
     "tf1": "_rename | _files _leaves | __init__",
     "summary": "_graph _histogram | _writer | __init__",
-    "merge": "_ledgers | __init__",
-    "_commands": "arguments running paths progress digits demo | convert | ls diff merge",
+    "merge": "_blocks _ledgers | _files _orbax | _averages _find | _sum | _write _write_file"
+    " | _plan | _run | __init__",
+    "_commands": "arguments parser running paths progress digits demo | convert merge | ls diff",
 }
 # jax loads etils itself
 HEAVY = set.union(*(packages for _, packages in ROOMS.values())) - LIGHT - {"etils"}

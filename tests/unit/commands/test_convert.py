@@ -19,6 +19,7 @@ from emaopt.__main__ import main
 from emaopt._commands import paths
 from emaopt._commands.convert import _writing
 from emaopt._tree.paths import key_paths
+from emaopt.checkpoint._unfinished import _is_running
 
 
 tf = pytest.importorskip("tensorflow")
@@ -358,8 +359,8 @@ def test_what_a_killed_command_left_is_removed_by_the_next_one(source, orbax, tm
 
 def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch, capsys):
     """Threads of Orbax may go on writing for a while."""
-    monkeypatch.setattr("emaopt._commands.paths.time.sleep", lambda _: None)
-    monkeypatch.setattr("emaopt._commands.paths.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("emaopt.checkpoint._unfinished.time.sleep", lambda _: None)
+    monkeypatch.setattr("emaopt.checkpoint._unfinished.shutil.rmtree", lambda *_, **__: None)
     paths.remove(tmp_path)
     assert capsys.readouterr().err == (
         f"emaopt: {tmp_path} is left. The next command with this DESTINATION removes it.\n"
@@ -370,8 +371,8 @@ def test_a_process_of_another_user_is_running(monkeypatch):
     def kill(process, number):
         raise PermissionError
 
-    monkeypatch.setattr("emaopt._commands.paths.os.kill", kill)
-    assert paths._is_running(1)
+    monkeypatch.setattr("emaopt.checkpoint._unfinished.os.kill", kill)
+    assert _is_running(1)
 
 
 @pytest.mark.slow

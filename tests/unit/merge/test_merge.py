@@ -13,7 +13,7 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-import emaopt.merge
+import emaopt
 from emaopt import checkpoint, posthoc
 from emaopt.__main__ import main
 from emaopt.merge import Run
@@ -148,34 +148,29 @@ def test_each_leaf_is_made_of_the_averages_that_hold_it(runs, tmp_path, capsys):
 
 
 def test_narrow_averages_are_added_up_in_the_parameters_dtype(runs, tmp_path):
-    Run.open(runs[0] / "narrow").write(tmp_path / "out", posthoc.gamma(0.12))
+    Run.open(runs[0] / "narrow").plan(posthoc.gamma(0.12)).write(tmp_path / "out")
     kernel = checkpoint.restore_averages(tmp_path / "out", PARAMS)["dense"]["kernel"]
     assert kernel.dtype == jnp.float32
     assert not np.array_equal(kernel, kernel.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def test_in_parts_it_is_the_same(runs, tmp_path, monkeypatch):
-    parts, added_up = [], emaopt.merge._added_up
-    monkeypatch.setattr(
-        "emaopt.merge._added_up",
-        lambda *args: [parts.append(set(args[2])), added_up(*args)][1],
-    )
-    outs = [tmp_path / "whole", tmp_path / "parts"]
-    for out, size in zip(outs, (2**25, 1), strict=True):
-        monkeypatch.setattr("emaopt.merge.BYTES_AT_ONCE", size)
-        Run.open(runs[0] / "two").write(out, posthoc.gamma(0.15))
-    kernel, bias = ("dense", "kernel"), ("dense", "bias")
-    assert parts == [{kernel, bias}, {bias}, {kernel}]
-    whole, in_parts = (checkpoint.restore_averages(out, PARAMS) for out in outs)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, in_parts))
+def test_in_blocks_it_is_the_same(runs, tmp_path, monkeypatch):
+    outs = [tmp_path / "whole", tmp_path / "blocks"]
+    for out, size in zip(outs, (2**22, 4), strict=True):
+        monkeypatch.setattr("emaopt.merge._blocks.ELEMENTS_AT_ONCE", size)
+        monkeypatch.setattr("emaopt.merge._sum.ELEMENTS_AT_ONCE", size)
+        Run.open(runs[0] / "two").plan(posthoc.gamma(0.15)).write(out)
+    whole, in_blocks = (checkpoint.restore_averages(out, PARAMS) for out in outs)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, in_blocks))
 
 
 def test_from_python_any_decay_is_a_source_and_any_weights_a_target(runs, tmp_path):
     recorded = Run.open(runs[0] / "hidden", sources={"mean": emaopt.after(30, emaopt.power(0))})
     assert recorded.steps == list(range(EVERY, T + 1, EVERY))
     assert recorded.at == T
-    error = recorded.write(tmp_path / "out", posthoc.window(80, T))
-    assert error == recorded.residual(posthoc.window(80, T)) < 1e-6
+    plan = recorded.plan(posthoc.window(80, T))
+    plan.write(tmp_path / "out")
+    assert plan.residual == recorded.residual(posthoc.window(80, T)) < 1e-6
     made = checkpoint.restore_averages(tmp_path / "out", PARAMS)["dense"]["kernel"]
     np.testing.assert_allclose(made, runs[1]["kernel"][81:].mean(0), atol=1e-5)
     two = Run.open(runs[0] / "two", sources={"fast": FAST, "slow": SLOW})
@@ -192,7 +187,7 @@ def test_lists_numbers_and_the_value_of_nnx_stay_what_they_are(tmp_path):
         items = {"params": leaf, "opt_state": state}
         ocp.save_checkpointables(tmp_path / "run" / str(step), items)
     recorded = Run.open(tmp_path / "run", sources={"ema": 0.0})
-    recorded.write(tmp_path / "out", posthoc.window(1, 2))
+    recorded.plan(posthoc.window(1, 2)).write(tmp_path / "out")
     made = ocp.load(tmp_path / "out", leaf, checkpointable_name="params")
     np.testing.assert_array_equal(made["w"][0]["value"], [3.0, 3.0])  # 2 * 2 - 1
     assert made["epoch"] == 7
@@ -208,8 +203,9 @@ def test_what_is_written_says_what_it_is(runs, tmp_path, capsys):
         "  fast  gamma:16.9722, sigma_rel 0.05",
         "  slow  gamma:6.9372, sigma_rel 0.1",
         "",
-        f"{out}: --sigma-rel 0.15 after 160 updates, predicted error 0.11",
-        "As in the newest checkpoint, being no averages: frozen, n",
+        "--sigma-rel 0.15: predicted error 0.11",
+        f"{out}: written",
+        f"As in {runs[0] / 'two' / '160'}, being no averages: frozen, n",
     ]
     about = ocp.checkpointables_metadata(out).custom_metadata["merged"]
     assert about["target"] == "--sigma-rel 0.15"
@@ -224,7 +220,7 @@ def test_without_a_target_the_list_of_targets_is_shown(runs, capsys):
     for option, target in {
         "--sigma-rel 0.15": emaopt.power(posthoc.gamma(0.15)),
         "--half-life 5": emaopt.half_life(5),
-        "--window 40": posthoc.window(40, T),
+        "--mean 40": posthoc.window(40, T),
     }.items():
         weights = profile_of(target, T)
         assert rows[option]["residual"] == pytest.approx(
@@ -337,13 +333,14 @@ def odd(tmp_path_factory):
     [
         ("", "the following arguments are required: RUN"),
         ("{runs}/two --sigma-rel 0.15", "OUT is missing"),
-        ("{runs}/two new", "a target is missing, such as --sigma-rel 0.15"),
-        ("{runs}/two --gamma 3 --window 5 new", "--window: not allowed with argument --gamma"),
+        ("{runs}/two --mean", "OUT is missing"),
+        ("{runs}/two new", "a target is missing, such as --mean --last 8"),
+        ("{runs}/two --gamma 3 --window 5 new", "--gamma says itself how long it is. Leave out"),
         ("{runs}/two --sigma-rel 0.3 new", "sigma_rel=0.3 is out of range. Pass a number above 0"),
         ("{runs}/two --sigma-rel 0.28 new", "residual 0.589 is above threshold=0.15. Record more"),
         ("{runs}/two --sigma-rel 0.1 --threshold 0 new", "is above threshold=0"),
         ("{runs}/two --window 161 new", "n=161 is out of range. .* from 1 to at=160"),
-        ("{runs}/two --gamma 5 empty", "empty exists. Pass another OUT"),
+        ("{runs}/two --gamma 5 empty", "empty exists. Pass another DEST"),
         ("{runs}/two --at 90", r"step=90 is not in .*two. Pass one of \[40, 80"),
         ("{runs}/two --plot new/a.png", "No such file or directory"),
         ("{runs}/two --source fast", "--source 'fast' has no name. Pass NAME=DECAY"),
@@ -353,12 +350,8 @@ def odd(tmp_path_factory):
         ("{runs}/two --source fast=decay:2", "'decay:2' is no decay: decay=2.0 is out of range"),
         ("{runs}/two --source fast=gamma:x", "'gamma:x' is no decay: could not convert"),
         ("{runs}/some --source kernels=gamma:1", "no source is an average of dense/bias"),
-        ("{runs}/plain", "average a has no ledger. Say what it was: --source a=half_life:1000"),
-        ("{runs}/hidden", "average mean has a ledger that fits no simple decay"),
         ("counts --source a=gamma:1 --source b=gamma:2", "count different updates: a 5, b 3"),
-        ("infinite --source a=gamma:0 --window 4 new", "infinite/4 is not finite at leaf 'w'"),
-        ("none", "the checkpoints hold no average"),
-        ("alone --source ema=gamma:1", "alone/1 has no parameters for the averages of w"),
+        ("{runs}/two --source fast=gamma:1 --params params", "are averages, and plain parameters"),
         ("empty", "empty holds no finished checkpoint"),
         ("nowhere", "nowhere holds no finished checkpoint"),
     ],
@@ -376,9 +369,34 @@ def test_a_mistake_of_merge_prints_one_line(arguments, told, runs, odd, monkeypa
     assert not Path("new").exists()
 
 
+def test_a_checkpoint_that_is_not_finite_is_named(odd, monkeypatch, capsys):
+    monkeypatch.chdir(odd)
+    with pytest.raises(SystemExit):
+        main(["merge", "infinite", "--source", "a=gamma:0", "--window", "4", "new"])
+    assert "infinite/4 is not finite at leaf 'w'. Move that" in capsys.readouterr().err
+    assert [path.name for path in odd.glob("new*")] == []
+
+
 def test_nothing_is_overwritten(runs, tmp_path):
     with pytest.raises(FileExistsError, match=r"exists\. Remove it or pass another path"):
-        Run.open(runs[0] / "two").write(tmp_path, 5.0)
+        Run.open(runs[0] / "two").plan(5.0).write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("plain", ["average a has no ledger and is left out", "average b has no ledger and is"]),
+        ("hidden", ["average mean has a ledger that fits no simple decay and is left out"]),
+    ],
+)
+def test_averages_of_which_nothing_is_known_are_left_out(name, told, runs, capsys):
+    main(["merge", str(runs[0] / name)])
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    for line, start in zip(lines, told, strict=True):
+        assert line.startswith(f"emaopt: {start}")
+        assert "--source" in line
+    assert shown.out.startswith("4 checkpoints of plain parameters, at the steps 40 to 160")
 
 
 def forget(monkeypatch, *rooms):
@@ -399,13 +417,6 @@ def test_without_a_package_the_extra_is_named(missing, runs, tmp_path, monkeypat
     assert f'{missing} is not installed. pip install "emaopt[posthoc]"' in capsys.readouterr().err
 
 
-def test_the_import_names_the_extra(monkeypatch):
-    forget(monkeypatch, "emaopt.merge", "emaopt._commands.merge")
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(ModuleNotFoundError, match=r'tqdm: pip install "emaopt\[posthoc\]"'):
-        importlib.import_module("emaopt.merge")
-
-
 def test_what_is_added_up_are_the_averages_that_were_evaluated(tmp_path):
     """With their residues: of a compensated bfloat16 average the shadow alone has 8 bits."""
     accumulator = emaopt.compensated(jnp.bfloat16)
@@ -418,6 +429,6 @@ def test_what_is_added_up_are_the_averages_that_were_evaluated(tmp_path):
             _, opt_state = tx.update({"w": jnp.zeros(7)}, opt_state, params)
             if step % 10 == 0:
                 checkpoint.save(checkpointer, step, params, opt_state)
-    Run.open(tmp_path / "run").write(tmp_path / "out", target=5.0)
+    Run.open(tmp_path / "run").plan(5.0).write(tmp_path / "out")
     written = checkpoint.restore_averages(tmp_path / "out", params)["w"]
     np.testing.assert_allclose(written, emaopt.average(params, opt_state)["w"], rtol=1e-5)

@@ -1,0 +1,135 @@
+"""Read the parameters in `.safetensors` files, and in a checkpoint of TF1, block by block."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from etils.epath import Path
+
+from emaopt._names import role
+from emaopt._tree.checks import written_names
+from emaopt._tree.paths import KeyPath, Tree
+from emaopt.checkpoint._item import read_json
+from emaopt.checkpoint._safetensors import Tensor, tensor_part, tensors
+from emaopt.tf1._files import Checkpoint
+
+from ._blocks import Index
+
+
+INDEX = "*.safetensors.index.json"  # names the shard of each tensor
+_AHEAD = ThreadPoolExecutor(1)  # reads a block while another one is added up
+
+
+class SafetensorsTree:
+    """The tensors of a `.safetensors` file, or of all shards in a directory.
+
+    Attributes:
+        path: The file or the directory.
+        tree: The structure, with names at the leaves: `conv/kernel` is nested.
+        leaves: Every tensor by name, abstract.
+        digests: Nothing: such a file has none.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.digests: dict[KeyPath, int] = {}
+        self._places: dict[KeyPath, tuple[Path, Tensor]] = {}
+        for file in shards(path):
+            for name, tensor in tensors(file).items():
+                self._places[tuple(name.split("/"))] = file, tensor
+        self.leaves = {
+            name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+            for name, (_, tensor) in self._places.items()
+        }
+        self.tree: Tree = nested(self.leaves)
+
+    def chunk(self, name: KeyPath) -> tuple[int, ...]:
+        """Return what is read at once of a tensor: a single number."""
+        return (1,) * len(self.leaves[name].shape)
+
+    def start(self, name: KeyPath, index: Index) -> Callable[[], np.ndarray]:
+        """Start to read a block. What is returned waits for it."""
+        return _AHEAD.submit(tensor_part, *self._places[name], index).result
+
+    def value(self, name: KeyPath) -> Any:
+        """Read a whole tensor."""
+        whole = tuple(slice(0, size) for size in self.leaves[name].shape)
+        return tensor_part(*self._places[name], whole)
+
+    def check(self, digests: dict[KeyPath, int]) -> None:
+        """Do nothing: there is no digest to compare with."""
+
+
+class Tf1Tree:
+    """The variables in a checkpoint of TF1, without slots, powers and averages.
+
+    Attributes:
+        path: The prefix.
+        tree: The structure, with names at the leaves: `conv/kernel` is nested.
+        leaves: Every variable by name, abstract.
+        digests: Nothing: TF1 compares its own when it reads.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.digests: dict[KeyPath, int] = {}
+        self._checkpoint = Checkpoint(path)
+        stored = self._checkpoint.stored
+        self.leaves = {
+            tuple(name.split("/")): jax.ShapeDtypeStruct(shape, dtype)
+            for name, (shape, dtype) in stored.items()
+            if role(name, stored)[0] == "variable" and dtype.kind != "O"
+        }
+        self.tree: Tree = nested(self.leaves)
+
+    def chunk(self, name: KeyPath) -> tuple[int, ...]:
+        """Return what is read at once of a variable: all of it."""
+        return self.leaves[name].shape
+
+    def start(self, name: KeyPath, index: Index) -> Callable[[], np.ndarray]:
+        """Start to read a block. What is returned waits for it."""
+        reading = _AHEAD.submit(self.value, name)
+        return lambda: reading.result()[index]
+
+    def value(self, name: KeyPath) -> Any:
+        """Read a whole variable."""
+        return self._checkpoint.value("/".join(name))
+
+    def check(self, digests: dict[KeyPath, int]) -> None:
+        """Do nothing: TensorFlow compared its checksums."""
+
+
+def shards(path: Path) -> list[Path]:
+    """Return the `.safetensors` files of a checkpoint: itself, or those in a directory.
+
+    Raises:
+        ValueError: A shard that the index names is missing.
+    """
+    if not path.is_dir():
+        return [path]
+    for index in sorted(path.glob(INDEX)):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if lost := [name for name in names if not (path / name).exists()]:
+            raise ValueError(f"{index} names {', '.join(lost)}, which is missing. Copy all shards")
+        return [path / name for name in names]
+    return sorted(path.glob("*.safetensors"))
+
+
+def nested(leaves: dict[KeyPath, Any]) -> Tree:
+    """Return nested dicts of leaves, by their key paths.
+
+    Raises:
+        ValueError: A name is also the start of another one.
+    """
+    written_names(leaves, leaves.values())
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{'/'.join(path)} lies below another array. Rename one of them")
+        node[path[-1]] = leaf
+    return tree

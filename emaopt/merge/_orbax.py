@@ -1,0 +1,193 @@
+"""Read the parameters or an average in a checkpoint of Orbax, block by block."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from emaopt._tree.paths import KeyPath, Tree, few, key_paths, printable
+from emaopt.checkpoint._digest import digest_of_block, with_own_digest
+from emaopt.checkpoint._errors import DamagedError, MismatchError, cause
+from emaopt.checkpoint._place import DIGESTS, Place, evaluated
+from emaopt.checkpoint._stored import Stored
+from emaopt.checkpoint._trees import logical
+
+from ._blocks import Index
+
+
+_PARAMS = ("params", "model_params")  # what libraries call the node with the parameters
+_STATE = r"(^|_)opt"  # how the keys of an optimizer's state start
+
+
+class OrbaxTree:
+    """A tree of arrays in a checkpoint of Orbax.
+
+    Attributes:
+        path: The checkpoint, for errors.
+        tree: The structure of the parameters, with names at the leaves.
+        leaves: Every leaf by name: an abstract array, a number or a string.
+        digests: What was read, as partial digests by the path on disk.
+    """
+
+    def __init__(self, stored: Stored, tree: Tree, places: dict[KeyPath, Place]):
+        self.stored, self.tree, self.places = stored, tree, places
+        self.path = stored.path
+        forms = stored.forms({place.path for place in places.values()})
+        self.leaves: dict[KeyPath, Any] = {n: forms[p.path] for n, p in places.items()}
+        self.digests: dict[KeyPath, int] = {}
+        self._opened: dict[KeyPath, Any] = {}
+
+    def chunk(self, name: KeyPath) -> tuple[int, ...]:
+        """Return what is read at once of a leaf."""
+        place = self.places[name]
+        if place.then is not None:  # rows that are brought up to date by the times of all rows
+            return tuple(self.leaves[name].shape)
+        return tuple(
+            self._open(place.path).chunk_layout.read_chunk.shape or ()
+        )  # of a scalar, None
+
+    def start(self, name: KeyPath, index: Index) -> Callable[[], np.ndarray]:
+        """Start to read a block. What is returned waits for it."""
+        place = self.places[name]
+        if place.then is not None:
+            return lambda: np.asarray(self.stored.averages({name: place})[name])[index]
+        paths = [path for path in (place.path, place.residue) if path is not None]
+        reading = {path: self._open(path)[index].read() for path in paths}
+        return lambda: np.asarray(
+            evaluated(place, {p: self._end(p, reading, index) for p in paths})
+        )
+
+    def value(self, name: KeyPath) -> Any:
+        """Read a whole leaf that may be no array."""
+        path = self.places[name].path
+        return self.stored.read([path])[path]
+
+    def check(self, digests: dict[KeyPath, int]) -> None:
+        """Raise if what was read is not what was saved.
+
+        Args:
+            digests: The sum of `self.digests` over all processes.
+        """
+        for item in {path[0] for path in digests}:
+            recorded = np.asarray(self.stored.read([(DIGESTS, item)])[(DIGESTS, item)])
+            paths = sorted(self.stored.items[item])
+            is_whole = recorded.shape == (len(paths) + 1,)
+            if not is_whole or not np.array_equal(with_own_digest(recorded[:-1]), recorded):
+                raise DamagedError(
+                    f"checkpoint {self.path}: the digests of item {item!r} are damaged, or of "
+                    "another item, so its data cannot be trusted. Leave that step out."
+                )
+            read = [(i, (item, *path)) for i, path in enumerate(paths) if (item, *path) in digests]
+            bad = [path for i, path in read if digests[path] % 2**32 != int(recorded[i])]
+            if bad:
+                raise DamagedError(
+                    f"checkpoint {self.path}: {few('/'.join(path) for path in bad)} is damaged: "
+                    "its bits are not those that were saved. Leave that step out."
+                )
+
+    def _open(self, path: KeyPath) -> Any:
+        if path not in self._opened:
+            if len(self._opened) >= 64:  # TensorStore keeps some kB for each
+                self._opened.clear()
+            try:
+                self._opened[path] = self.stored.items[path[0]].open(path[1:])
+            except Exception as error:
+                raise self._unreadable(path, error) from error
+        return self._opened[path]
+
+    def _end(self, path: KeyPath, reading: dict[KeyPath, Any], index: Index) -> np.ndarray:
+        """Wait for a part of an array, and note its digest."""
+        try:
+            value = np.asarray(reading.pop(path).result())
+        except Exception as error:  # TensorStore's errors have many types
+            raise self._unreadable(path, error) from error
+        if (path[0],) in self.stored.items.get(DIGESTS, ()):
+            starts = [part.start for part in index]
+            part = digest_of_block(value, starts, self._open(path).shape)
+            self.digests[path] = self.digests.get(path, 0) + part
+        return value
+
+    def _unreadable(self, path: KeyPath, error: Exception) -> DamagedError:
+        leaf = printable("/".join(filter(None, path)))
+        return DamagedError(
+            f"checkpoint {self.path}: {leaf} cannot be read, the data is cut off, missing or "
+            f"damaged. {cause(error)} Leave that step out."
+        )
+
+
+def plain_parameters(stored: Stored, node: str | None) -> OrbaxTree:
+    """Return the parameters of a checkpoint, as the last step left them.
+
+    Args:
+        stored: The checkpoint, of whatever library.
+        node: Where they lie, such as `state/params`; by default that is found out.
+
+    Raises:
+        MismatchError: Nothing or several nodes may be the parameters. The error lists them.
+    """
+    contents = stored.contents
+    root = _root(stored, node)
+    if contents.averages and root == contents.root:  # a swap with the averages is undone
+        paths = contents.params
+    else:
+        start = len(root)
+        below = {logical(path): path for path in stored.paths() if path[:start] == root}
+        paths = {path[start:]: at for path, at in below.items()}
+    tree = stored.items[root[0]].tree
+    for key in root[1:]:
+        tree = tree[int(key) if isinstance(tree, list) else key]
+    places = {name: Place(at, None, at) for name, at in paths.items()}
+    named = {logical(path): path for path in key_paths(tree)}
+    return OrbaxTree(stored, tree, {name: places[name] for name in named})
+
+
+def _root(stored: Stored, node: str | None) -> KeyPath:
+    """Find the node that holds the parameters."""
+    paths = [path for path in stored.paths() if path[0] != DIGESTS]
+    nodes = {path[:i]: None for path in paths for i in range(1, len(path))}
+    if node is not None:
+        return _only(stored, node, list(nodes))
+    if stored.contents.averages:
+        return stored.contents.root
+    called = [path for path in nodes if path[-1] in _PARAMS and not _is_state(path)]
+    if not called:
+        tops = {path[:2] if len(stored.items) == 1 else path[:1] for path in paths}
+        called = [path for path in tops if path in nodes and not _is_state(path)]
+        alone = {path[:1] for path in paths}
+        if len(alone) == 1 and not any(map(_is_state, tops)):  # nothing but parameters
+            called = list(alone)
+    least = min(map(len, called), default=0)
+    found = sorted(path for path in called if len(path) == least)
+    if len(found) != 1:
+        known = found or sorted(path for path in nodes if len(path) < 3)
+        what = "in several places" if found else "nowhere"
+        raise MismatchError(
+            f"checkpoint {stored.path} has parameters {what}. Say where they lie: --params NODE, "
+            f"or params= in Python, with one of {_shown(known)}"
+        )
+    return found[0]
+
+
+def _only(stored: Stored, node: str, nodes: list[KeyPath]) -> KeyPath:
+    """Return the one node of a name: its whole path, or the end of it."""
+    keys = tuple(filter(None, node.split("/")))
+    whole = [path for path in nodes if tuple(filter(None, path)) == keys]
+    found = whole or [path for path in nodes if path[-len(keys) :] == keys]
+    least = min(map(len, found), default=0)
+    found = [path for path in found if len(path) == least]
+    if len(found) != 1:
+        known = found or sorted(path for path in nodes if len(path) < 3)
+        what = "several nodes" if found else "no node"
+        raise MismatchError(
+            f"params={node!r} is {what} of checkpoint {stored.path}. Pass one of {_shown(known)}"
+        )
+    return found[0]
+
+
+def _shown(nodes: Iterable[KeyPath]) -> str:
+    return few(printable("/".join(filter(None, node))) for node in nodes)
+
+
+def _is_state(path: KeyPath) -> bool:
+    return any(re.search(_STATE, key.lower()) for key in path)
