@@ -127,10 +127,15 @@ class Compensated(Rounding):
         del draw
         shadow, residue = (x.astype(increment.dtype) for x in before)
         total, lost = add(shadow, residue, increment)
-        new = total.astype(before.shadow.dtype)
         # two roundings: `lost` is what the sum lost, `total - new` what the narrower dtype loses
-        left = (total - new.astype(total.dtype)) + lost
-        return Stored(new, left.astype(before.shadow.dtype))
+        dtype = before.shadow.dtype
+        left = (total - total.astype(dtype).astype(total.dtype)) + lost
+        # Nothing is above infinity, but XLA does not know it. So the shadow seems to depend on the
+        # residue, and XLA on CPU writes the residue first. Otherwise it copies the whole shadow to
+        # compute the residue from it. The sum is written down anew: as the same one as in `total`
+        # it would be kept in an array between the two.
+        total = jnp.where(left > jnp.inf, left, shadow) + (residue + increment)
+        return Stored(total.astype(dtype), left.astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
