@@ -7,6 +7,7 @@ a change of one word always changes the sum; any other goes unseen with a probab
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from emaopt._tree.devices import in_memory
 
 
 ELEMENTS_AT_ONCE = 2**22  # of an array on the host, copied to a device
+BLOCK = 2**18  # elements that a CPU mixes before it adds them up: they stay in its cache
 COLLECTIVES_AT_ONCE = 8  # sharded leaves whose digests are computed at the same time, on CPU
 
 
@@ -25,7 +27,6 @@ def digests(leaves: Sequence[Any]) -> jax.Array | np.ndarray:
 
     On the devices of the leaves; on the host if there are none, or not the same for all.
     """
-    # one call per leaf: in one program for all, XLA on CPU keeps the mixed words of all at once
     each = in_turn(_digest_of, leaves)
     places = {frozenset(x.sharding.device_set) for x in leaves if isinstance(x, jax.Array)}
     if len(places) == 1:
@@ -54,7 +55,14 @@ def _is_on_several_cpus(leaf: Any) -> bool:
 
 def _digest_of(leaf: Any) -> Any:
     """Return the digest of a leaf, which may be a number or a string."""
-    return _digest(_hashable(leaf)) if isinstance(leaf, jax.Array) else _digest_in_parts(leaf)
+    if not isinstance(leaf, jax.Array):
+        return _digest_in_parts(leaf)
+    x = _hashable(leaf)
+    is_large = BLOCK < x.size < 2**31  # positions in it are int32
+    devices = leaf.sharding.device_set
+    if is_large and len(devices) == 1 and next(iter(devices)).platform == "cpu":
+        return _digest_in_blocks(x, BLOCK)
+    return _digest(x)
 
 
 def damaged(recorded: np.ndarray, size: int, leaves: dict[int, Any]) -> list[int] | None:
@@ -115,6 +123,25 @@ def _digest(x, start=0) -> jax.Array:
         position = position * np.uint32(size % 2**32) + step
     position = position + start
     return jnp.sum(_mix(words + position * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
+
+
+@partial(jax.jit, static_argnums=1)
+def _digest_in_blocks(x: jax.Array, size: int) -> jax.Array:
+    """Return the digest of a large array on a CPU.
+
+    XLA on CPU does not mix and add up in one pass: it stores the mixed words of the whole array. To
+    get that memory from the system takes longer than to mix. A block's words stay in the cache.
+    """
+    flat = x.reshape(-1)
+    whole, words = x.size // size, _words(flat[:1]).size
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        block = jax.lax.dynamic_slice(flat, (i * size,), (size,))
+        return total + _digest(block, (i * size).astype(jnp.uint32) * np.uint32(words))
+
+    total = jax.lax.fori_loop(0, whole, add, jnp.uint32(0))
+    rest = flat[whole * size :]
+    return total + _digest(rest, np.uint32(whole * size * words % 2**32)) if rest.size else total
 
 
 def _words(x) -> jax.Array:

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from ._leaf import Target
 
 
 METADATA = "_METADATA"  # the file that a tree has
+ALIGNMENT = 64  # of arrays that JAX on CPU does not copy
 _SEQUENCE = 1  # Orbax's type of a key that is a position
 _EMPTY = {"Dict": {}, "List": [], "Tuple": []}  # what Orbax calls a node without leaves
 
@@ -127,14 +128,13 @@ class Item:
             if path not in values:
                 with _naming(path):
                     opened[path] = ts.open(self._spec(path), open=True, context=self._context)
-        reading: dict[KeyPath, tuple[tuple[int, ...], dict[Any, Any]]] = {}
+        reading: dict[KeyPath, _Reading] = {}
         for path, array in opened.items():
             with _naming(path):
                 reading[path] = _start(array.result(), targets[path])
         for path in list(reading):
             with _naming(path):
-                shape, shards = reading.pop(path)
-                value = _finish(shape, shards, targets[path])
+                value = _finish(reading.pop(path), targets[path])
                 is_number = self._kinds[path] == "scalar" and isinstance(value, np.ndarray)
                 values[path] = value.item() if is_number else value
         return {path: values[path] for path in targets}
@@ -187,22 +187,46 @@ def _naming(path: KeyPath) -> Iterator[None]:
         raise LeafError(path) from error
 
 
-def _start(array: ts.TensorStore, target: Target) -> tuple[tuple[int, ...], dict[Any, Any]]:
+class _Reading(NamedTuple):
+    """An array that is being read: of each of its shards, the memory and the end of reading."""
+
+    shape: tuple[int, ...]
+    shards: dict[Any, tuple[np.ndarray, Any]]
+
+
+def _start(array: ts.TensorStore, target: Target) -> _Reading:
     """Start to read an array: whole, or the shards that are to be on this process's devices."""
     shape = tuple(array.shape)
     if target.sharding is None:
-        return shape, {None: array.read()}
+        return _Reading(shape, {None: _into_memory(array)})
     indices = target.sharding.addressable_devices_indices_map(shape).values()
     shards = {_bounds(index): index for index in indices if index is not None}
-    return shape, {bounds: array[index].read() for bounds, index in shards.items()}
+    return _Reading(shape, {bounds: _into_memory(array[i]) for bounds, i in shards.items()})
 
 
-def _finish(shape: tuple[int, ...], shards: dict[Any, Any], target: Target) -> Any:
+def _into_memory(array: ts.TensorStore) -> tuple[np.ndarray, Any]:
+    """Start to read into memory that JAX on CPU takes as it is.
+
+    It copies arrays that do not begin at a multiple of 64 bytes, as those that TensorStore makes.
+    """
+    dtype = array.dtype.numpy_dtype
+    size = int(np.prod(array.shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    values = memory[start : start + size].view(dtype).reshape(array.shape)
+    source = array[ts.d[:].translate_to[0]] if array.rank else array
+    return values, ts.array(values).write(source)
+
+
+def _finish(reading: _Reading, target: Target) -> Any:
     """Wait for an array, and put it where it belongs."""
-    read = {bounds: np.asarray(future.result()) for bounds, future in shards.items()}
+    read = {}
+    for bounds, (values, writing) in reading.shards.items():
+        writing.result()
+        read[bounds] = values
     if target.sharding is not None:
         return jax.make_array_from_callback(
-            shape, target.sharding, lambda index: read[_bounds(index)]
+            reading.shape, target.sharding, lambda index: read[_bounds(index)]
         )
     return jax.device_put(read[None]) if target.on_device else read[None]
 

@@ -24,7 +24,7 @@ from trainer import environment
 import emaopt
 from emaopt import checkpoint
 from emaopt.checkpoint import DamagedError
-from emaopt.checkpoint._digest import digests
+from emaopt.checkpoint._digest import BLOCK, _digest_in_blocks, digests
 from emaopt.checkpoint._item import Item
 from emaopt.checkpoint._stored import Stored
 
@@ -81,6 +81,21 @@ def test_the_digest_is_that_of_the_value_wherever_it_is(at_once, monkeypatch):
         assert np.array_equal(digests([sharded]), digests([LEAVES["float32"]]))
         mixed = [sharded, jnp.ones(3), 7]  # on four devices, on one, on none
         assert np.array_equal(digests(mixed), digests([LEAVES["float32"], jnp.ones(3), 7]))
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "complex64"])
+@pytest.mark.parametrize("size", [12, 13])
+def test_the_digest_in_blocks_is_that_of_the_whole(name, size, monkeypatch):
+    leaf = jnp.resize(LEAVES[name], (size,))
+    leaf = leaf.reshape(3, 4) if size == 12 else leaf
+    want = digests([leaf])
+    monkeypatch.setattr("emaopt.checkpoint._digest.BLOCK", 4)
+    assert np.array_equal(digests([leaf]), want)
+
+
+def test_the_digest_of_a_large_array_takes_little_memory():
+    compiled = _digest_in_blocks.lower(jnp.zeros((2048, 1024)), BLOCK).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**21
 
 
 def test_the_digest_sees_a_swap_of_two_elements():

@@ -1,5 +1,6 @@
 """Parts of arrays: their digests, and what is read of a file."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.flax import save_file
 
 from emaopt.checkpoint._digest import digest_of_block, digests
-from emaopt.checkpoint._item import Item, LeafError
+from emaopt.checkpoint._item import Item, LeafError, _into_memory
 from emaopt.checkpoint._safetensors import tensor_part, tensors
 
 
@@ -31,6 +32,21 @@ def test_a_part_of_a_tensor_is_read(tmp_path):
         tensor_part(path, found["a"], (slice(1, 3), slice(2, 4))), [[6, 7], [10, 11]]
     )
     assert tensor_part(path, found["b"], ()) == 3
+
+
+def test_an_array_is_read_to_where_jax_leaves_it(tmp_path):
+    """Of TensorStore's own arrays, which begin 16 bytes after a page, JAX on CPU makes a copy."""
+    want = {f"w{i}": np.full((300, 70 + i), i, np.float32) for i in range(8)}
+    ocp.save(tmp_path / "1", want, checkpointable_name="params")
+    item = Item(Path(tmp_path / "1" / "params"))
+    for name, value in want.items():
+        values, writing = _into_memory(item.open((name,)))
+        writing.result()
+        np.testing.assert_array_equal(values, value)
+        assert jax.device_put(values).unsafe_buffer_pointer() == values.ctypes.data
+        part, writing = _into_memory(item.open((name,))[100:200, 5:9])
+        writing.result()
+        np.testing.assert_array_equal(part, value[100:200, 5:9])
 
 
 def test_an_array_is_opened_by_its_path(tmp_path):
