@@ -261,7 +261,7 @@ def _averages_like(params: Tree, opt_state: Tree, name: str | None = None) -> Tr
     like = lambda p: jax.ShapeDtypeStruct(jnp.shape(p), wide(jnp.result_type(p)))
     wanted = tree_map(lambda p: like(p) if is_inexact(p) else p, params=params)
     found = average_of(wanted, opt_state, name)
-    has_none = lambda w, a: not is_inexact(w) or isinstance(a, jax.ShapeDtypeStruct)
+    has_none = lambda w, a: not is_inexact(w) or a is w  # `average` returns what has none as it is
     return tree_map(lambda w, a: None if has_none(w, a) else a, wanted=wanted, average=found)
 
 
@@ -279,6 +279,8 @@ def _kept(p: Any, x: Any) -> Any:
     """Start z of a leaf whose parameters are too narrow to tell z from y and x."""
     if x is None or jnp.result_type(p) == x.dtype:
         return None
+    if isinstance(p, jax.ShapeDtypeStruct):
+        return p.update(dtype=x.dtype)
     return jnp.array(p, x.dtype, copy=True)
 
 

@@ -225,7 +225,8 @@ def _with_z(opt_state: State, path: KeyPath, values: dict[KeyPath, Any]) -> Stat
         z = by_path(node.z)
         for leaf, old in z.items():
             if old is not None:
-                z[leaf] = stay(old, jnp.asarray(values[leaf]).astype(old.dtype))
+                new = start_leaf("/".join(leaf), values[leaf], Nearest(old.dtype)).shadow
+                z[leaf] = stay(old, new)
         return node._replace(z=from_paths(node.z, z))
 
     is_primal = lambda node: isinstance(node, PrimalState)
@@ -279,6 +280,8 @@ def _value(p: Any, stored: Stored) -> Any:
     """Return one leaf of the averages, in the dtype of the parameter."""
     if stored.shadow is None:
         return p
-    value = jax.tree.map(in_memory, stored).value()
     dtype = jnp.result_type(p)
+    if isinstance(stored.shadow, jax.ShapeDtypeStruct):
+        return stored.shadow.update(dtype=dtype)
+    value = jax.tree.map(in_memory, stored).value()
     return value if value.dtype == dtype else value.astype(dtype)  # a key has no astype

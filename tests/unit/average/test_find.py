@@ -356,6 +356,25 @@ def test_the_average_of_abstract_parameters_is_abstract(tx):
     optax.tree.map_params(tx, lambda x: x, tx.init(params))
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        emaopt.primal(optax.sgd(0.1), emaopt.ema(0.5)),
+        emaopt.primal(optax.sgd(0.1), emaopt.ema(0.5, accumulator_dtype=emaopt.stochastic())),
+        emaopt.overwrite(2, emaopt.ema(1.0), outer=optax.sgd(0.7, 0.9)),
+    ],
+    ids=["primal", "stochastic", "outer"],
+)
+def test_what_is_fed_back_begins_with_abstract_parameters_too(tx):
+    """So that a run in bfloat16 is resumed from an abstract template."""
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16)}
+    abstract = jax.eval_shape(lambda: params)
+    state = tx.init(abstract)
+    assert_shapes(state, tx.init(params))
+    assert_shapes(emaopt.average(abstract, state), params)
+    assert_shapes(emaopt.reset(abstract, state), state)
+
+
 def assert_shapes(a, b):
     shape = lambda x: (x.shape, x.dtype)
     assert jax.tree.map(shape, a) == jax.tree.map(shape, b)
