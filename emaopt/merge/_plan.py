@@ -119,6 +119,9 @@ class Plan:
         self, writer: Any, destination: Path, parts: list[Part], progress: Progress
     ) -> dict[KeyPath, int]:
         """Write all blocks, and return the digest of every array."""
+        trees = list({id(t.tree): t.tree for part in parts for t in part.terms}.values())
+        for tree in trees:
+            tree.digests.clear()  # of what another plan of the same run has read
         names = [name for part in parts for name in part.leaves]
         digest = dict.fromkeys(names, 0)
         terms = {name: len(part.terms) for part in parts for name in part.leaves}
@@ -137,7 +140,6 @@ class Plan:
         with writing(destination):
             for wait in waiting:
                 wait()
-        trees = list({id(t.tree): t.tree for part in parts for t in part.terms}.values())
         read = [(tree, path) for tree in trees for path in sorted(tree.digests)]
         partial = [tree.digests[path] for tree, path in read] + [digest[name] for name in names]
         total = _all_processes(np.asarray([x % 2**32 for x in partial], np.uint32))

@@ -164,6 +164,15 @@ def test_in_blocks_it_is_the_same(runs, tmp_path, monkeypatch):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, whole, in_blocks))
 
 
+def test_several_merges_are_made_of_a_run_that_is_opened_once(runs, tmp_path):
+    run = Run.open(runs[0] / "two")
+    for name in ("one", "two"):
+        run.plan(posthoc.gamma(0.15)).write(tmp_path / name)
+    curve = ["--mean", "80", "--threshold", "9", "--curve", str(tmp_path / "curve")]
+    main(["merge", str(runs[0] / "two"), *curve])
+    assert {path.name for path in (tmp_path / "curve").iterdir()} == {"80", "120", "160"}
+
+
 def test_from_python_any_decay_is_a_source_and_any_weights_a_target(runs, tmp_path):
     recorded = Run.open(runs[0] / "hidden", sources={"mean": emaopt.after(30, emaopt.power(0))})
     assert recorded.steps == list(range(EVERY, T + 1, EVERY))
