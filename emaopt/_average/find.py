@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from emaopt._tree.checks import shown
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import by_path, from_paths
 from emaopt._tree.numbers import is_concrete
@@ -34,6 +35,9 @@ class PrimalState(NamedTuple):
     base: Tree
     average: Tree
     z: Tree
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 def averages(opt_state: Tree) -> dict[str, EmaState]:

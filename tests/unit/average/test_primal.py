@@ -335,6 +335,14 @@ def test_it_scans_with_donation_and_compiles_once():
     assert compiling.compilations(scan) == 1
 
 
+def test_the_state_is_shown_without_its_numbers():
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.zeros(3)}
+    tx = emaopt.primal(optax.sgd(0.1, 0.9), emaopt.ema(0.5))
+    told = repr(tx.init(params))
+    assert told.startswith("PrimalState(base={0/trace/b: float32[3], 0/trace/w: bfloat16[2,3]}, ")
+    assert told.endswith("z={b: None, w: float32[2,3]})")
+
+
 SGD, EMA = optax.sgd(1.0), emaopt.ema(0.9)
 WRONG = {
     "interpolation=1.0 is out of": lambda: emaopt.primal(SGD, EMA, 1.0),
