@@ -141,6 +141,13 @@ def test_a_compensated_average_is_its_value(dtype, tmp_path):
     assert all(path.startswith("opt_state/1/shadow") for path in paths)
 
 
+def test_a_healed_average_is_found_in_its_place(tmp_path):
+    tx = optax.chain(optax.sgd(0.1), emaopt.heal(emaopt.ema(0.9)))
+    params, opt_state = trained(tx)
+    run = taken(tmp_path, opt_state)
+    bitwise(checkpoint.restore_averages(run, params), emaopt.average(params, opt_state))
+
+
 def test_several_averages_of_several_networks(tmp_path):
     tx = optax.named_chain(("sgd", optax.sgd(0.1)), ("a", emaopt.ema(0.5)), ("b", emaopt.ema(0.9)))
     params = {name: {"w": jnp.full(2, x)} for name, x in (("gen", 1.0), ("disc", 6.0))}
