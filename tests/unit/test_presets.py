@@ -6,6 +6,7 @@ pip install -r tests/peers.txt && pytest tests/unit/test_presets.py
 import importlib.util
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ import make_peers
 import numpy as np
 import optax
 import pytest
-from folders import DOCS
+from folders import DOCS, TESTS
 from recorded import CASES, DEFECTS, RECORDED, UPDATES, VALUES, averages, preset
 
 import emaopt
@@ -349,3 +350,11 @@ def test_the_documentation_has_every_preset_with_its_version():
         assert f"| `{name}(" in text
     for library, version in RECORDED["versions"].items():
         assert library in ("edm2", "torchtitan") or f" {version} |" in text
+
+
+def test_the_documentation_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (DOCS / "peers.md").read_text())
+    for file, name in named:
+        (path,) = TESTS.rglob(file)
+        assert f"def {name}" in path.read_text()
+    assert len(named) > 20
