@@ -85,6 +85,7 @@ def average(params: Params, opt_state: Tree, name: str | None = None) -> Params:
     Raises:
         ValueError: there is no average, or several and no name, or `params` does not belong to it,
             or `opt_state` is swapped.
+        RuntimeError: a step that donates its arguments deleted the average.
 
     Example:
         >>> import emaopt
@@ -270,7 +271,17 @@ def _match_unswapped(params: Tree, opt_state: Tree, name: str | None) -> Match:
             "opt_state is swapped: the averages are in params. Evaluate params, or call "
             "params, opt_state = emaopt.swap(params, opt_state) first."
         )
-    return match(params, opt_state, name)
+    matched = match(params, opt_state, name)
+    for path, stored in matched.stored.items():
+        x = stored.shadow
+        if isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted():
+            raise RuntimeError(
+                f"opt_state has a deleted array in the average of {'/'.join(path)!r}: a step that "
+                "donates its arguments took over its memory. Pass the state that the step "
+                "returned. If Ctrl-C came before that was assigned, resume from a checkpoint, and "
+                "put `with emaopt.uninterrupted():` around the step."
+            )
+    return matched
 
 
 def _owned(p: Any, stored: Stored) -> Any:

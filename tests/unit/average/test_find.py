@@ -401,3 +401,13 @@ def test_an_abstract_nnx_model_has_an_average():
 def test_a_leaf_that_is_no_array_is_refused_by_name():
     with pytest.raises(ValueError, match=r"params has a str at leaf 'name', which is no array"):
         emaopt.ema(0.5).init({"name": "net", "w": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("read", [emaopt.average, emaopt.stacked])
+def test_an_average_that_a_step_deleted_says_so(read):
+    tx = emaopt.ema()
+    params = {"a": {"w": jnp.ones(2)}}
+    state = tx.init(params)
+    jax.block_until_ready(jax.jit(lambda x: x, donate_argnums=0)(state))
+    with pytest.raises(RuntimeError, match=r"average of 'a/w': a step that donates.*uninterrupted"):
+        read(params, state)
