@@ -231,6 +231,14 @@ class Setting:
             print(f"{path.stem}: {time.perf_counter() - began:.0f} s", flush=True)
         return np.load(path)
 
+    def test(self, path, key):
+        """Test loss and share read wrong, [2, seeds], of what a piece holds; kept on disk."""
+        file = path.with_name(f"{path.stem}-{key.replace('/', '-')}.test.npy")
+        if not file.exists():
+            params = self.plain.whole(np.load(path)[f"{key}/params"])
+            np.save(file, self.plain.evaluate(params, "test"))
+        return np.load(file)
+
     def _found(self, trainer, trees):
         found = {}
         for name, params in trees.items():
@@ -417,15 +425,13 @@ def read_test(name, optimizer, work):
     setting = Setting(name, optimizer, work)
     lengths = setting.lengths
 
-    @functools.cache
-    def test(path, key):
-        params = setting.plain.whole(np.load(path)[f"{key}/params"])
-        return setting.plain.evaluate(params, "test")
+    def test(piece, key):
+        return setting.test(Path(piece.fid.name), key)
 
     methods = {}
     for method, found in choices(setting).items():
         ks, inside, pieces, keys = zip(*found, strict=True)
-        values = [test(piece.fid.name, key) for piece, key in zip(pieces, keys, strict=True)]
+        values = [test(piece, key) for piece, key in zip(pieces, keys, strict=True)]
         methods[method] = {
             "rate": [0.001 * 2.0**k for k in ks],
             "inside": list(inside),
@@ -437,7 +443,7 @@ def read_test(name, optimizer, work):
     around, choice = {}, {}
     for k in (best - 1, best, best + 1):
         piece = setting.constant(k)
-        found = [[test(piece.fid.name, f"{name}/{n}")[0] for name in averages] for n in lengths]
+        found = [[test(piece, f"{average}/{n}")[0] for average in averages] for n in lengths]
         around[k] = np.array(found)  # [lengths, averages, seeds]
         choice[k] = {rule: chosen_by(piece["looks"], lengths, w) for rule, w in RULES.items()}
     foretold = []

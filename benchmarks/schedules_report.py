@@ -310,6 +310,31 @@ def losses_of(results):
     return lines
 
 
+def in_short(results):
+    """How far one run at one rate is from the best of the decays tuned for each length."""
+    methods = ("width 0.1", "primal power(0)", "none", "0.999")
+    rows = []
+    for name, found in results.items():
+        apart = [test(found, m).mean(-1) / best_decay(found) - 1 for m in methods]
+        rows.append([name, regime_of(name), *(f"{100 * x.mean():+.1f} %" for x in apart)])
+    for regime in REGIMES:
+        here = [found for name, found in results.items() if regime_of(name) == regime]
+        if here:
+            apart = [
+                np.mean([test(found, m).mean(-1) / best_decay(found) - 1 for found in here])
+                for m in methods
+            ]
+            rows.append([f"**all, {regime}**", regime, *(f"{100 * x:+.1f} %" for x in apart)])
+    return [
+        "Test loss of *one* run at *one* constant rate, in the mean over its four lengths, beside the "
+        "best of all decays to zero that were tuned for each length (linear, cosine, WSD, linear "
+        "after a warm-up; the best by the test loss):",
+        "",
+        *table(["setting", "data", *(SHOWN[m] for m in methods)], rows),
+        "",
+    ]
+
+
 QUESTIONS = {
     "1. Training without a schedule": without_schedule,
     "2. An average alone": average_alone,
@@ -331,6 +356,7 @@ def write():
         f"{', '.join(results)}.",
         "",
     ]
+    lines += in_short(results)
     for title, question in QUESTIONS.items():
         text, _ = question(results)
         print(title, text[0], sep="\n")
