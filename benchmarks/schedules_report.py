@@ -326,9 +326,9 @@ def in_short(results):
             ]
             rows.append([f"**all, {regime}**", regime, *(f"{100 * x:+.1f} %" for x in apart)])
     return [
-        "Test loss of *one* run at *one* constant rate, in the mean over its four lengths, beside the "
-        "best of all decays to zero that were tuned for each length (linear, cosine, WSD, linear "
-        "after a warm-up; the best by the test loss):",
+        "Test loss of *one* run at *one* constant rate, in the mean over its four lengths, beside "
+        "the best of all decays to zero that were tuned for each length (linear, cosine, WSD, "
+        "linear after a warm-up; the best by the test loss):",
         "",
         *table(["setting", "data", *(SHOWN[m] for m in methods)], rows),
         "",
