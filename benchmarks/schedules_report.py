@@ -20,6 +20,7 @@ REGIMES = {
     "fine-tuning": ("fine-tuning",),
 }
 RULES = ("last tenth", "last fifth")
+PLANNED = ("rows-muon", "epochs-adam")  # beside those that are there
 DECAYS = ("linear", "cosine", "wsd", "warm")
 SHOWN = {
     "linear": "linear",
@@ -348,12 +349,14 @@ QUESTIONS = {
 def write():
     """Write the page, and print the answers."""
     results = json.loads((RESULTS / "schedules.json").read_text())
+    missing = [name for name in PLANNED if name not in results]
+    not_run = f" Planned and not run, for lack of time: {', '.join(missing)}." if missing else ""
     lines = [
         "# Training without a schedule",
         "",
         "Made by `python benchmarks/schedules.py run` and `report`. What was asked and how, and "
         "what would have been a no, was [written before](schedules_plan.md). Settings here: "
-        f"{', '.join(results)}.",
+        f"{', '.join(results)}.{not_run}",
         "",
     ]
     lines += in_short(results)
