@@ -328,7 +328,7 @@ def variables_to_restore(
     for name in averaged:
         if name not in everything:
             raise ValueError(
-                f"moving_average_variables holds {name!r}, which is no variable."
+                f"moving_average_variables holds {name!r}, which is not a variable."
                 f"{did_you_mean(name, everything)} Pass names of leaves."
             )
     restored = {average_name(name): name for name in averaged}

@@ -234,12 +234,12 @@ def _check_primal(interpolation: Any, pull: Any, at: str) -> None:
     if not callable(pull):
         check("pull", pull, *SHARE)
     if at not in ("y", "z"):
-        raise ValueError(f"at={at!r} is no point. Pass 'y' or 'z'.")
+        raise ValueError(f"at={at!r} is not a point. Pass 'y' or 'z'.")
 
 
 def _check_transformation(name: str, tx: Any, wanted: str) -> None:
     if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"{name}={tx!r} is no transformation. Pass {wanted}.")
+        raise ValueError(f"{name}={tx!r} is not a transformation. Pass {wanted}.")
 
 
 def _init(name: str, tx: optax.GradientTransformation, params: Tree) -> Tree:

@@ -65,13 +65,13 @@ def _is_table(name: str, x: Any, chosen: Any) -> bool:
         return False
     if not isinstance(chosen, (bool, jnp.bool_)):
         raise ValueError(
-            f"rows is no mask: it has {chosen!r} at leaf {name!r}. Pass a tree of booleans like "
+            f"rows is not a mask: it has {chosen!r} at leaf {name!r}. Pass a tree of booleans like "
             'params, or a function that makes one: emaopt.matching("embedding").'
         )
     if chosen and (not is_inexact(x) or jnp.ndim(x) == 0):
         raise ValueError(
-            f"rows is true at leaf {name!r}, which is no table of floating-point numbers. Pass a "
-            "mask that is true for tables, [rows, ...]."
+            f"rows is true at leaf {name!r}, which is not a table of floating-point numbers. Pass "
+            "a mask that is true for tables, [rows, ...]."
         )
     return bool(chosen)
 

@@ -180,8 +180,8 @@ def _check_average(name: str, share, at_zero, at_one) -> None:
     straight = off <= eps**0.5 * jnp.max(jnp.abs(at_zero), initial=0.0) + 8 * eps
     if not jnp.all((jnp.real(share) > 0) & (jnp.real(share) <= 1) & straight):
         raise ValueError(
-            f"statistics is no running average at leaf {name!r}: forward does not make momentum * "
-            "old + (1 - momentum) * own of it, the same for each old value. Leave counters, sums "
+            f"statistics is not a running average at leaf {name!r}: forward does not make momentum "
+            "* old + (1 - momentum) * own of it, the same for each old value. Leave counters, sums "
             "and what the forward pass itself depends on out of statistics."
         )
 

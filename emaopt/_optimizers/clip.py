@@ -173,7 +173,7 @@ def clip_by_global_norm(clip_norm: ArrayLike) -> optax.GradientTransformationExt
         already. It is not checked.
 
     Raises:
-        ValueError: `clip_norm` is not above 0, or `use_norm` is no scalar.
+        ValueError: `clip_norm` is not above 0, or `use_norm` is not a scalar.
 
     Example:
         >>> grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}

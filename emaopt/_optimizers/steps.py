@@ -47,7 +47,7 @@ def compute_gradients(
         `params`.
 
     Raises:
-        ValueError: `var_list` is no mask or leaves nothing to train; the loss returns no
+        ValueError: `var_list` is not a mask or leaves nothing to train; the loss returns no
             floating-point array, or no pair with `has_aux`; `grad_loss` has another shape.
 
     Example:
@@ -143,7 +143,7 @@ def apply_gradients(
         `(params, opt_state)` after the step.
 
     Raises:
-        ValueError: `tx` is no transformation, or every gradient is `None`.
+        ValueError: `tx` is not a transformation, or every gradient is `None`.
 
     Example:
         >>> tx = optax.sgd(1.0)
@@ -199,7 +199,7 @@ def minimize(
         `kwargs` go to the loss. `step.lower(...)` lowers it, as for `jax.jit`.
 
     Raises:
-        ValueError: `tx` is no transformation. The step raises what `compute_gradients` and
+        ValueError: `tx` is not a transformation. The step raises what `compute_gradients` and
             `apply_gradients` raise.
         RuntimeError: the step is called with arrays that an earlier step took over.
 

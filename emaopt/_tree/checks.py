@@ -87,9 +87,9 @@ def check_array(leaf: str, x, name: str) -> None:
     """Raise unless a leaf is an array or a number. A module may hold strings and functions."""
     if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
         raise ValueError(
-            f"{name} has a {type(x).__name__} at leaf {leaf!r}, which is no array. Pass the arrays "
-            "alone: of an Equinox module, eqx.filter(model, eqx.is_inexact_array); of an NNX one, "
-            "nnx.state(model, nnx.Param)."
+            f"{name} has a {type(x).__name__} at leaf {leaf!r}, which is not an array. Pass the "
+            "arrays alone: of an Equinox module, eqx.filter(model, eqx.is_inexact_array); of an "
+            "NNX one, nnx.state(model, nnx.Param)."
         )
 
 

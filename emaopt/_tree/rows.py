@@ -99,7 +99,7 @@ def _checked_ids(ids) -> jax.Array:
         seen = np.asarray(ids)
         if bad := seen[(seen < 0) | (seen >= OUTSIDE)].tolist():
             raise ValueError(
-                f"ids holds {bad[0]}, which is no row number. Pass ids from 0 to the number of "
+                f"ids holds {bad[0]}, which is not a row number. Pass ids from 0 to the number of "
                 "rows, less one; a hash needs `% number_of_rows` first."
             )
         return jnp.asarray(seen.astype(np.int32))

@@ -218,6 +218,9 @@ def sources(
         step: which checkpoint of a run.
         name: which average.
 
+    Returns:
+        A dict from the name of each leaf of `like` to the name that is read for it.
+
     Raises:
         ValueError: two leaves of `like` have one name, because of a `/` in a key.
     """

@@ -241,7 +241,7 @@ def synthesize(snapshots: Iterable[Params], weights: ArrayLike) -> Params:
     factors = np.asarray(weights, np.float64)
     if factors.ndim != 1 or not np.isfinite(factors).all() or not factors.any():
         raise ValueError(
-            f"weights={factors} is no list of finite numbers, or all are 0. Pass what "
+            f"weights={factors} is not a list of finite numbers, or all are 0. Pass what "
             "posthoc.weights returns."
         )
     iterator, end, total = iter(snapshots), object(), None

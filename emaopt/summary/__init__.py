@@ -86,8 +86,8 @@ def scalars(
       called inside `jax.jit`.
 
     Raises:
-      ValueError: If a value is no scalar, if `clip` comes without `grads`, or if `decay` names an
-        average that is not in the state.
+      ValueError: If a value is not a scalar, if `clip` comes without `grads`, or if `decay` names
+        an average that is not in the state.
 
     Example:
       >>> import emaopt
@@ -132,8 +132,8 @@ def _of_averages(params: Tree, opt_state: Tree, decay: Any) -> dict[str, Any]:
     for name in of_each:
         if name not in known:
             raise ValueError(
-                f"decay has {name!r}, which is no average.{did_you_mean(name, known)} Pass keys "
-                f"of emaopt.averages(opt_state): {', '.join(map(repr, known))}."
+                f"decay has {name!r}, which is not an average.{did_you_mean(name, known)} Pass "
+                f"keys of emaopt.averages(opt_state): {', '.join(map(repr, known))}."
             )
     exact = jax.tree.map(_widened, params)
     minus = lambda p, a: p - a if _is_floating(p) else None

@@ -40,7 +40,7 @@ class Checkpoint:
             }
         except Exception as error:
             raise ValueError(
-                f"path={given!r} is no checkpoint of TF1: {_reason(error)}. Pass the prefix of "
+                f"path={given!r} is not a checkpoint of TF1: {_reason(error)}. Pass the prefix of "
                 f"one, such as run/model.ckpt-20, or its directory.{there}"
             ) from error
 
@@ -87,7 +87,7 @@ def _prefix(path: str) -> tuple[str, list[str]]:
     for file in (path, f"{path}.index", os.path.join(path, "checkpoint")):
         if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
             # to read a pipe or a device would wait forever
-            raise ValueError(f"{file} is no file. Pass the prefix of a checkpoint.")
+            raise ValueError(f"{file} is not a file. Pass the prefix of a checkpoint.")
     if directory != path:
         return path, known
     state = tf.train.get_checkpoint_state(path)

@@ -129,8 +129,8 @@ def _swap_names(leaves: list[Leaf], own_names: Tree, name: str | None) -> list[L
     known = averages(own_names)
     if not known or name not in {None, *known}:
         raise ValueError(
-            f"name={name!r} is no average of opt_state, which has {list(known)}. Pass the state of "
-            "a chain with emaopt.ema in it, or swapped=False."
+            f"name={name!r} is not an average of opt_state, which has {list(known)}. Pass the "
+            "state of a chain with emaopt.ema in it, or swapped=False."
         )
     of_state = {leaf.own: leaf for leaf in leaves if leaf.kind != PARAMETER}
     pairs: dict[str, str] = {}

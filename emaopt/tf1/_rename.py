@@ -120,7 +120,7 @@ class Naming:
         if not isinstance(self.rename, Mapping):
             return []
         return [
-            f"rename has {key!r}, which is no name here.{did_you_mean(key, known)}"
+            f"rename has {key!r}, which is not a name here.{did_you_mean(key, known)}"
             for key in self.rename.keys() - set(known)
         ]
 
@@ -162,7 +162,7 @@ def name_of_average(average_name: AverageName) -> Callable[[str], str]:
 def _checked(name: str, renamed: Any) -> str:
     if not isinstance(renamed, str) or not renamed:
         raise ValueError(
-            f"the leaf named {name!r} would be {renamed!r} in TF1, which is no name. Pass rename= "
-            "with a name for it."
+            f"the leaf named {name!r} would be {renamed!r} in TF1, which is not a name. Pass "
+            "rename= with a name for it."
         )
     return renamed

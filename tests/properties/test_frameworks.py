@@ -388,7 +388,7 @@ STATE = TrainState.create(apply_fn=None, params=VARIABLES["params"], tx=TX)
 MODULE, STATISTICS = eqx.nn.make_with_state(eqx.nn.BatchNorm)(2, "batch", mode="batch")
 BELOW = "params has the leaves that opt_state averages below '{}'. Pass that part"
 IN_TWO = "params has one Variable in several places, 'decode/kernel', 'encode/kernel',.*nnx.state"
-NO_ARRAY = r"params has a str at leaf 'axis_name', which is no array.*eqx.filter\(model"
+NO_ARRAY = r"params has a str at leaf 'axis_name', which is not an array.*eqx.filter\(model"
 MISTAKES = {
     "train state": (lambda: emaopt.average(STATE, STATE.opt_state), BELOW.format("params")),
     "variables": (lambda: emaopt.average(VARIABLES, STATE.opt_state), BELOW.format("params")),
@@ -410,7 +410,7 @@ MISTAKES = {
     "tied weights, swapped": (lambda: emaopt.swap(*optimized(Tied())), IN_TWO),
     "a module that is no pytree": (
         lambda: emaopt.average(*optimized(NoPytree())),
-        r"params has a NoPytree at leaf '', which is no array.*nnx.state\(model, nnx.Param\)",
+        r"params has a NoPytree at leaf '', which is not an array.*nnx.state\(model, nnx.Param\)",
     ),
     "training on a swapped model": (
         lambda: optimized(*emaopt.swap(*optimized(nnx.Linear(2, 2, rngs=nnx.Rngs(0))))),

@@ -196,6 +196,22 @@ def test_names_are_listed_once():
     assert not [file for file, path in FILES.items() if "__all__" in path.read_text()]
 
 
+# the first words of a sentence that is turned around, or has no verb
+NO_VERBS = {
+    *("A", "All", "An", "Another", "Each", "Every", "How", "Its", "Many", "Of", "One", "Several"),
+    *("Some", "That", "The", "Their", "These", "This", "Those", "To", "Two", "What", "When"),
+    *("Where", "Whether", "Which", "Who", "Whose", "Why"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_docstring_begins_with_a_verb(file):
+    for node in ast.walk(ast.parse(FILES[file].read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            text = ast.get_docstring(node) or "Return"
+            assert text.split()[0] not in NO_VERBS, text
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_public_definition_has_a_docstring(file):
     for node in ast.parse(FILES[file].read_text()).body:

@@ -281,7 +281,7 @@ def test_feeding_back_is_local_to_every_device():
         (lambda: emaopt.overwrite(2.5, emaopt.ema(0.9)), "n=2.5 is out of range"),
         (lambda: emaopt.overwrite(2, emaopt.ema(0.9), strength=2.0), "strength=2.0 is out of"),
         (lambda: emaopt.overwrite(2, emaopt.ema(0.9), outer=0.7), "outer=0.7 is no"),
-        (lambda: emaopt.overwrite(2, 0.9), "tx=0.9 is no transformation"),
+        (lambda: emaopt.overwrite(2, 0.9), "tx=0.9 is not a transformation"),
         (lambda: emaopt.overwrite(2, optax.sgd(0.1)).init(PARAMS), "tx holds no average"),
         (lambda: run(chain(2, emaopt.ema(0.9), name="fast")), "name='fast' is not an average"),
         (

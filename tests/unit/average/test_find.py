@@ -399,7 +399,7 @@ def test_an_abstract_nnx_model_has_an_average():
 
 
 def test_a_leaf_that_is_no_array_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"params has a str at leaf 'name', which is no array"):
+    with pytest.raises(ValueError, match=r"params has a str at leaf 'name', which is not an array"):
         emaopt.ema(0.5).init({"name": "net", "w": jnp.zeros(2)})
 
 

@@ -416,15 +416,15 @@ MISTAKES = {
     ),
     "no mask": (
         lambda: emaopt.ema(0.9, rows={"table": 1.0, "bias": False}).init(PARAMS),
-        "rows is no mask: it has 1.0 at leaf 'table'",
+        "rows is not a mask: it has 1.0 at leaf 'table'",
     ),
     "of a scalar": (
         lambda: emaopt.ema(0.9, rows={"a": True}).init({"a": jnp.float32(1)}),
-        "rows is true at leaf 'a', which is no table",
+        "rows is true at leaf 'a', which is not a table",
     ),
     "of integers": (
         lambda: emaopt.ema(0.9, rows={"a": True}).init({"a": jnp.arange(3)}),
-        "rows is true at leaf 'a', which is no table",
+        "rows is true at leaf 'a', which is not a table",
     ),
     "parameters that never rest": (
         lambda: emaopt.primal(optax.sgd(0.1), emaopt.ema(0.9, rows=TABLES)).init(PARAMS),

@@ -347,9 +347,9 @@ SGD, EMA = optax.sgd(1.0), emaopt.ema(0.9)
 WRONG = {
     "interpolation=1.0 is out of": lambda: emaopt.primal(SGD, EMA, 1.0),
     "pull=2 is out of range": lambda: emaopt.primal(SGD, EMA, pull=2),
-    "at='x' is no point": lambda: emaopt.primal(SGD, EMA, at="x"),
-    "tx=0.1 is no transformation": lambda: emaopt.primal(0.1, EMA),
-    "average=0.9 is no transformation": lambda: emaopt.primal(SGD, 0.9),
+    "at='x' is not a point": lambda: emaopt.primal(SGD, EMA, at="x"),
+    "tx=0.1 is not a transformation": lambda: emaopt.primal(0.1, EMA),
+    "average=0.9 is not a transformation": lambda: emaopt.primal(SGD, 0.9),
     "average holds no average": lambda: emaopt.primal(SGD, SGD).init(PARAMS),
     "tx holds an average": lambda: emaopt.primal(optax.chain(SGD, EMA), EMA).init(PARAMS),
     "params is missing": lambda: emaopt.primal(SGD, EMA).update(

@@ -312,13 +312,13 @@ REFUSED = {
         moved(lambda old, batch: old[:1]),
         r"forward\(statistics, batch\) has shape \(1,\) at leaf 'mean'",
     ),
-    "counter": (moved(lambda old, batch: old + 1), "no running average at leaf 'mean'"),
-    "sum": (moved(lambda old, batch: old + batch[0]), "no running average at leaf 'mean'"),
-    "overshoot": (moved(lambda old, batch: -0.5 * old + 1), "no running average at leaf 'mean'"),
-    "growth": (moved(lambda old, batch: 1.5 * old + 1), "no running average at leaf 'mean'"),
+    "counter": (moved(lambda old, batch: old + 1), "not a running average at leaf 'mean'"),
+    "sum": (moved(lambda old, batch: old + batch[0]), "not a running average at leaf 'mean'"),
+    "overshoot": (moved(lambda old, batch: -0.5 * old + 1), "not a running average at leaf 'mean'"),
+    "growth": (moved(lambda old, batch: 1.5 * old + 1), "not a running average at leaf 'mean'"),
     "curved": (
         moved(lambda old, batch: 0.9 * old + 0.1 / jnp.sqrt(old**2 + 1)),
-        "no running average at leaf 'mean'",
+        "not a running average at leaf 'mean'",
     ),
     "not finite": (refused(batches=X / 0), "not finite at leaf 'mean'"),
     "not finite later": (refused(batches=[X[0], X[1] / 0]), "not finite at leaf 'mean'"),
@@ -345,7 +345,7 @@ def test_statistics_that_the_forward_pass_uses_are_refused():
         return tuple(new)
 
     states = forward(states, BATCHES[0])
-    with pytest.raises(ValueError, match="statistics is no running average at leaf '1/"):
+    with pytest.raises(ValueError, match="statistics is not a running average at leaf '1/"):
         emaopt.recalibrate(jax.jit(forward), states, BATCHES)
 
 

@@ -249,7 +249,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(orbax):
         ("golden/model.ckpt-21", "/golden/model.ckpt-21 does not exist"),
         ("golden/model.ckpt-21", "golden has checkpoint, model.ckpt-20.data-00000-of-00001, m"),
         ("empty", "/empty holds no finished checkpoint, neither of Orbax nor of TF1"),
-        pytest.param("file", "/file' is no checkpoint of TF1", marks=tensorflow),
+        pytest.param("file", "/file' is not a checkpoint of TF1", marks=tensorflow),
     ],
 )
 def test_a_mistake_of_ls_prints_one_line(path, told, tmp_path, monkeypatch, capsys):

@@ -470,10 +470,10 @@ TREE = {"a": {"w": np.ones(2)}, "b": None}
     [
         ([TREE], [1.0, 1.0], "snapshots ends after 1 trees, and weights has 2 factors. Pass one"),
         ([TREE] * 3, [1.0, 1.0], "snapshots goes on, and weights has 2 factors"),
-        ([TREE], [], r"weights=\[\] is no list of finite numbers"),
-        ([TREE], [math.nan], r"weights=\[nan\] is no list of finite numbers"),
+        ([TREE], [], r"weights=\[\] is not a list of finite numbers"),
+        ([TREE], [math.nan], r"weights=\[nan\] is not a list of finite numbers"),
         ([TREE], [0.0], "or all are 0. Pass what posthoc.weights returns"),
-        ([TREE], [[1.0]], "is no list of finite numbers"),
+        ([TREE], [[1.0]], "is not a list of finite numbers"),
         (
             [TREE, {"a": {"v": np.ones(2)}, "b": None}],
             [1, 1],

@@ -207,7 +207,10 @@ def test_scalars_are_pure_compile_once_and_follow_the_mesh():
         ({"loss": "low"}, "loss is 'low', no scalar"),
         ({"key": jax.random.key(0)}, r"key is key<fry>\[\], no scalar"),
         ({"learning_rate": jnp.ones(1)}, r"learning_rate is float32\[1\], no scalar"),
-        ({"decay": {"1": 0.9, "fsat": 0.5}}, "decay has 'fsat', which is no average. Pass keys of"),
+        (
+            {"decay": {"1": 0.9, "fsat": 0.5}},
+            "decay has 'fsat', which is not an average. Pass keys of",
+        ),
         ({"decay": 1.5}, "decay=1.5 is out of range"),
     ],
 )

@@ -557,14 +557,14 @@ def test_powers_of_several_optimizers_are_told_apart_by_a_dict(tmp_path):
             {},
             ["w is cut into w/part_0, ..., saved without their places"],
         ),
-        ("nowhere/model.ckpt-1", W, ADAM, {}, ["is no checkpoint of TF1", "Pass the prefix"]),
+        ("nowhere/model.ckpt-1", W, ADAM, {}, ["is not a checkpoint of TF1", "Pass the prefix"]),
         (".", W, ADAM, {}, ["no file 'checkpoint' that names its newest"]),
         (
             "adam/model.ckpt-21",
             W,
             ADAM,
             {},
-            ["is no checkpoint of TF1", "It has ['model.ckpt-20']."],
+            ["is not a checkpoint of TF1", "It has ['model.ckpt-20']."],
         ),
     ],
 )
@@ -588,7 +588,7 @@ BOTH = optax.named_chain(("fast", ema(0.5)), ("slower", ema(0.9))).init(W)
         (W, adam().init(W), {"rename": {"w": "b/Adam"}}, "w and b/Adam would both be b/Adam"),
         (W, adam().init(W), {"rename": {"w/Adam": "w"}}, "w and w/Adam would both be w"),
         (W, adam().init(W), {"rename": {"w": "global_step"}}, "w and global_step would both be"),
-        (W, (), {"rename": {"kernel": "x"}}, "rename has 'kernel', which is no name here"),
+        (W, (), {"rename": {"kernel": "x"}}, "rename has 'kernel', which is not a name here"),
         (LINEN, (), {"rename": {"Dense0/kernel": "x"}}, "Did you mean 'Dense_0/kernel'"),
         (W, (), {"rename": lambda name: None}, "'b' would be None in TF1"),
         (W["w"], (), {}, "named '' would be '' in TF1"),
@@ -607,8 +607,8 @@ BOTH = optax.named_chain(("fast", ema(0.5)), ("slower", ema(0.9))).init(W)
         (W, UNEQUAL, {}, "global_step is one variable in TF1: it cannot be 0 and 5"),
         (*ABSTRACT, {}, "w is abstract: float32[3]"),
         (W, SWAPPED, {}, "opt_state is swapped already"),
-        (W, adam().init(W), {"swapped": True}, "is no average of opt_state"),
-        (W, ema(0.9).init(W), {"swapped": True, "name": "slow"}, "name='slow' is no average"),
+        (W, adam().init(W), {"swapped": True}, "is not an average of opt_state"),
+        (W, ema(0.9).init(W), {"swapped": True, "name": "slow"}, "name='slow' is not an average"),
         (W, BOTH, {"swapped": True}, "several averages. Pass name=, one of: 'fast', 'slower'"),
     ],
 )
@@ -663,7 +663,7 @@ def test_a_checkpoint_is_read_where_the_path_has_a_bracket(path, tmp_path):
 def test_a_pipe_in_place_of_a_file_is_refused(file, tmp_path):
     os.mkfifo(tmp_path / file)
     path = tmp_path if file == "checkpoint" else tmp_path / "model.ckpt-20"
-    with pytest.raises(ValueError, match=f"{file} is no file"):
+    with pytest.raises(ValueError, match=f"{file} is not a file"):
         tf1.inspect(path)
 
 

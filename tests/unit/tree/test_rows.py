@@ -57,7 +57,7 @@ def test_ids_of_any_integer_dtype(dtype):
 @pytest.mark.usefixtures("x64")
 def test_ids_of_64_bits():
     ids = jnp.array([7, 2**40, 2])
-    with pytest.raises(ValueError, match="1099511627776, which is no row number"):
+    with pytest.raises(ValueError, match="1099511627776, which is not a row number"):
         emaopt.rows(ids)
     found = jax.jit(emaopt.rows)(ids)
     np.testing.assert_array_equal(found.ids, [2, 7, OUTSIDE])
@@ -428,7 +428,7 @@ MULTI = optax.MultiSteps(emaopt.momentum(0.1, 0.9), 4)
 MISTAKES = {
     "ids of floats": (lambda: emaopt.rows(jnp.ones(3)), "ids has dtype float32. Pass integers"),
     "booleans": (lambda: emaopt.rows(jnp.ones(3, bool)), "ids has dtype bool. Pass integers"),
-    "a negative id": (lambda: emaopt.rows(jnp.array([3, -1])), "ids holds -1, which is no row"),
+    "a negative id": (lambda: emaopt.rows(jnp.array([3, -1])), "ids holds -1, which is not a row"),
     "too small": (lambda: emaopt.rows(jnp.arange(5), 4), "ids has 5 distinct ids. Pass size=5"),
     "half a size": (lambda: emaopt.rows(jnp.arange(5), 4.5), "size=4.5 is not a number of rows"),
     "an id outside": (lambda: emaopt.take(PARAMS, tables_of(6)), "the id 6, and the table has 6"),
