@@ -14,7 +14,7 @@ from ._orbax import OrbaxTree
 
 
 class Recorded(NamedTuple):
-    """An average in a checkpoint: where its node is, and after how many updates it was saved."""
+    """Hold where an average is in a checkpoint, and after how many updates it was saved."""
 
     node: KeyPath
     updates: int

@@ -14,7 +14,7 @@ Index = tuple[slice, ...]
 
 
 class Form(NamedTuple):
-    """The shape and the dtype of an array on disk."""
+    """Hold the shape and the dtype of an array on disk."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -23,7 +23,7 @@ _AHEAD = ThreadPoolExecutor(1)  # reads a block while another one is added up
 
 
 class SafetensorsTree:
-    """The tensors of a `.safetensors` file, or of all shards in a directory.
+    """Read the tensors of a `.safetensors` file, or of all shards in a directory.
 
     Attributes:
         path: The file or the directory.
@@ -63,7 +63,7 @@ class SafetensorsTree:
 
 
 class Tf1Tree:
-    """The variables in a checkpoint of TF1, without slots, powers and averages.
+    """Read the variables in a checkpoint of TF1, without slots, powers and averages.
 
     Attributes:
         path: The prefix.

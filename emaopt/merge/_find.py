@@ -19,7 +19,7 @@ StoredTree = OrbaxTree | SafetensorsTree | Tf1Tree
 
 
 class Found(NamedTuple):
-    """The checkpoints of a run by step, and their format."""
+    """Hold the checkpoints of a run by step, and their format."""
 
     format: str
     steps: dict[int, Path]

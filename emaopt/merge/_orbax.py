@@ -21,7 +21,7 @@ _STATE = r"(^|_)opt"  # how the keys of an optimizer's state start
 
 
 class OrbaxTree:
-    """A tree of arrays in a checkpoint of Orbax.
+    """Read a tree of arrays in a checkpoint of Orbax.
 
     Attributes:
         path: The checkpoint, for errors.

@@ -28,7 +28,7 @@ Progress = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is added up, known before any parameter is read.
+    """Hold what is added up, before any parameter is read.
 
     Attributes:
         base: The checkpoint that the structure, the dtypes, and all that is not averaged come from.

@@ -30,7 +30,7 @@ PLAIN = "parameters"  # what the plain parameters are called among the sources
 
 
 class Snapshot(NamedTuple):
-    """An average, or the plain parameters, in one checkpoint.
+    """Hold an average, or the plain parameters, in one checkpoint.
 
     `updates`: how many had been made. `source`: what it is called.
     """
@@ -42,7 +42,7 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """The checkpoints of a run.
+    """Read the checkpoints of a run.
 
     Attributes:
         path: The newest checkpoint.

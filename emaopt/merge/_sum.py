@@ -17,14 +17,14 @@ IN_CACHE = 2**15  # elements that are cast, multiplied and added without leaving
 
 
 class Term(NamedTuple):
-    """A tree and its factor; `None` stands for a copy."""
+    """Hold a tree and its factor; `None` stands for a copy."""
 
     tree: StoredTree
     factor: float | None
 
 
 class Part(NamedTuple):
-    """Some leaves that are the sum of the same terms."""
+    """Hold leaves that are the sum of the same terms."""
 
     leaves: list[KeyPath]
     terms: list[Term]
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a leaf of the sum."""
+    """Hold a block of a leaf of the sum."""
 
     name: KeyPath
     index: Index
@@ -46,7 +46,7 @@ class Block:
 
 
 class _Read:
-    """A group of blocks of one term, to be read at the same time."""
+    """Hold a group of blocks of one term, to be read at the same time."""
 
     def __init__(self, group: list[Block], terms: list[Term], number: int):
         self.group, self.terms = group, terms

@@ -21,7 +21,7 @@ SHARES = (0.01, 0.03, 0.1, 0.3)  # of the updates so far: half-lives and windows
 
 @dataclass
 class Report:
-    """What is printed: lines at once, or JSON in the end."""
+    """Print lines at once, or JSON in the end."""
 
     as_json: bool
     about: dict[str, Any] = field(default_factory=dict)

@@ -29,7 +29,7 @@ DECAYS: dict[str, Callable[[float], Any]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted, as the command line says it.
+    """Hold the target that the command line asks for.
 
     `name` and `value`: a decay or a shape, and its number. `last`, `every`: which checkpoints.
     """
