@@ -188,7 +188,7 @@ def _naming(path: KeyPath) -> Iterator[None]:
 
 
 class _Reading(NamedTuple):
-    """An array that is being read: of each of its shards, the memory and the end of reading."""
+    """Hold an array that is being read: for each shard, its memory and the end of reading."""
 
     shape: tuple[int, ...]
     shards: dict[Any, tuple[np.ndarray, Any]]
