@@ -103,6 +103,14 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
             help="a directory with checkpoints, or a checkpoint; OUT: a new directory or file",
         )
     )
+    _add_target(merge)
+    _add_choice(merge)
+    _add_recorded(merge)
+    merge.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+
+def _add_target(merge: argparse.ArgumentParser) -> None:
+    """Add the options of which one says what to merge the checkpoints to."""
     target = merge.add_mutually_exclusive_group()
     for option, kind, name, what in (
         ("--mean", updates, "[N]", "the mean of the last checkpoints, or N updates"),
@@ -115,7 +123,10 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         ("--half-life", float, "N", "an average of constant decay; its half-life in updates"),
     ):
         target.add_argument(option, type=kind, metavar=name, help=what)
-    _add_choice(merge)
+
+
+def _add_recorded(merge: argparse.ArgumentParser) -> None:
+    """Add the options for recorded averages: their decays, and the predicted error."""
     merge.add_argument(
         "--source",
         action="append",
@@ -134,7 +145,6 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     merge.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the predicted error over sigma_rel"
     )
-    merge.add_argument("--json", action="store_true", dest="as_json", help="for machines")
 
 
 def _add_choice(merge: argparse.ArgumentParser) -> None:

@@ -46,6 +46,14 @@ def complete_files(argument: argparse.Action) -> None:
     vars(argument)["complete"] = _FILES
 
 
+_EXAMPLES_OF_DEMO = [
+    "emaopt demo",
+    "emaopt demo --epochs 60 --resume         go on, also after Ctrl-C or a crash",
+    "emaopt demo --seed 1 --out other-seed    another run beside it",
+    "emaopt demo --tensorboard logs           then: tensorboard --logdir logs",
+]
+
+
 def add_demo(commands: argparse._SubParsersAction) -> None:
     """Add `emaopt demo`."""
     demo = add(
@@ -60,12 +68,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
             "original names. At the end it draws a picture, and another process reads the\n"
             "checkpoint with plain Orbax."
         ),
-        examples=[
-            "emaopt demo",
-            "emaopt demo --epochs 60 --resume         go on, also after Ctrl-C or a crash",
-            "emaopt demo --seed 1 --out other-seed    another run beside it",
-            "emaopt demo --tensorboard logs           then: tensorboard --logdir logs",
-        ],
+        examples=_EXAMPLES_OF_DEMO,
         extra="demo",
     )
     demo.add_argument(
@@ -159,6 +162,14 @@ def add_diff(commands: argparse._SubParsersAction) -> None:
     diff.add_argument("--json", action="store_true", dest="as_json", help="print JSON, all leaves")
 
 
+_EXAMPLES_OF_CONVERT = [
+    "emaopt convert run/model.ckpt-20 converted",
+    "emaopt convert converted again/model.ckpt-20",
+    "emaopt convert --averages run/model.ckpt-20 for-serving",
+    "emaopt convert --average-name MovingAverage/{}/average model.ckpt-20 converted",
+]
+
+
 def add_convert(commands: argparse._SubParsersAction) -> None:
     """Add `emaopt convert`."""
     convert = add(
@@ -179,12 +190,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
             "the variables under those of the averages. Pass --swapped if the checkpoint of\n"
             "TF1 is of that form, as SOURCE or as DESTINATION."
         ),
-        examples=[
-            "emaopt convert run/model.ckpt-20 converted",
-            "emaopt convert converted again/model.ckpt-20",
-            "emaopt convert --averages run/model.ckpt-20 for-serving",
-            "emaopt convert --average-name MovingAverage/{}/average model.ckpt-20 converted",
-        ],
+        examples=_EXAMPLES_OF_CONVERT,
     )
     complete_files(convert.add_argument("source", metavar="SOURCE", help="as for emaopt ls"))
     complete_files(

@@ -66,12 +66,7 @@ def write_shards(
     for path in (index, *files):
         if path.exists():
             raise FileExistsError(f"destination={path} exists. Remove it or pass another path.")
-    try:
-        from safetensors.numpy import save_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"destination={destination} needs the package safetensors: pip install safetensors"
-        ) from error
+    save_file = _writer(destination)
     texts = {key: x if isinstance(x, str) else json.dumps(x) for key, x in texts.items()}
     written: list[Path] = []
     try:
@@ -101,6 +96,17 @@ def write_shards(
         for file in written:
             file.unlink(missing_ok=True)
         raise
+
+
+def _writer(destination: Path) -> Callable[..., None]:
+    """Return the function of safetensors that writes a file, or raise if it is not installed."""
+    try:
+        from safetensors.numpy import save_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"destination={destination} needs the package safetensors: pip install safetensors"
+        ) from error
+    return save_file
 
 
 def _parts(sizes: dict[str, int], most: int) -> list[list[str]]:
