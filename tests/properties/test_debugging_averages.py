@@ -50,7 +50,7 @@ def run(tx, params=PARAMS, updates=UPDATES, number=3):
     return params, state
 
 
-@pytest.mark.many
+@pytest.mark.many(2)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
 def test_every_decay_and_every_way_to_store(decay, kind):
@@ -60,7 +60,7 @@ def test_every_decay_and_every_way_to_store(decay, kind):
     assert all(np.isfinite(x) for x in known.values())
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_what_is_around_an_average(kind):
     average = emaopt.ema(0.5, accumulator_dtype=kind)
@@ -95,7 +95,7 @@ def test_recalibrated_statistics():
     np.testing.assert_allclose(found["mean"], 3)
 
 
-@pytest.mark.many(6)
+@pytest.mark.many(4)
 @pytest.mark.parametrize("wrap", [lambda tx: tx, emaopt.heal], ids=["ema", "heal"])
 @pytest.mark.parametrize("kind", [None, emaopt.compensated()], ids=["nearest", "compensated"])
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)

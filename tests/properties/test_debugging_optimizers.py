@@ -44,7 +44,7 @@ def checked():
         yield
 
 
-@pytest.mark.many(8)
+@pytest.mark.many(2)
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("grads", [SOME, ZERO], ids=["some", "zero"])
 @pytest.mark.parametrize("pack", [lambda tree: tree, emaopt.pack], ids=["leaves", "packed"])
@@ -60,7 +60,7 @@ def test_updates_make_no_nan_and_no_infinity(name, grads, pack):
     assert jax.tree.structure(emaopt.unpack(params)) == jax.tree.structure(SOME)
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_derivatives_of_updates_make_no_nan_and_no_infinity(name):

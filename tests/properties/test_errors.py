@@ -840,6 +840,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.many(103)
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_names_the_argument_the_finding_and_the_fix(name):
     check(*ERRORS[name])

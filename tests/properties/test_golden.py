@@ -110,7 +110,7 @@ def test_global_norm_of_a_training_run_is_tensorflows():
     check(got, replay.arrays("training")[f"{case['id']}/global_norm"])
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("case", replay.cases("averages"), ids=by_id)
 def test_averages_are_tensorflows(case):
@@ -138,7 +138,7 @@ def test_average_of_tensorflows_worked_example():
     np.testing.assert_allclose(shadow, [0, 4.5, 4.555, 4.60945], rtol=1e-6)
 
 
-@pytest.mark.many(5)
+@pytest.mark.many(3)
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("case", replay.cases("clipping"), ids=by_id)
 def test_clipping_is_tensorflows(case):

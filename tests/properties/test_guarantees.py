@@ -51,7 +51,7 @@ DECAYS = {
 # The average is of the weights after the update, rounded exactly as apply_updates rounds them
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_average_is_of_the_parameters_that_the_update_leads_to(dtype):
     params = params_of(dtype)
@@ -66,6 +66,7 @@ def test_the_average_is_of_the_parameters_that_the_update_leads_to(dtype):
 # The average ticks if and only if the weights stepped
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     ("wrap", "bad", "ticks"),
     [
@@ -102,7 +103,7 @@ def test_the_average_ticks_if_and_only_if_the_weights_stepped(wrap, bad, ticks):
 # scanned and donated
 
 
-@pytest.mark.many(5)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", DECAYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_average_of_a_constant_is_bitwise_that_constant(name, dtype):
@@ -201,7 +202,7 @@ def restore(path, params, opt_state):
     return emaopt.swap(**ocp.load_checkpointables(path, like))
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stop", [0, 2, 7], ids=["fresh", "before_the_start", "after_the_start"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -256,7 +257,7 @@ def test_a_swapped_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
 # A step that is not finite leaves the average finite
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
 def test_a_step_that_is_not_finite_leaves_no_trace(bad, clip):

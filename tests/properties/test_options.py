@@ -56,7 +56,7 @@ def look(program, carry, arrays):
     assert touched <= 4 * FLOATS * arrays + 20_000
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("option", UPDATES)
 def test_an_update_is_in_place_and_touches_what_it_must(option):
     tx, arrays = UPDATES[option]

@@ -26,11 +26,13 @@ def _as_jax_comes():
 GUIDES = DOCS / "guides.md"  # each section stands for itself
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("section", pages.headings(GUIDES))
 def test_the_code_of_a_guide_runs(section):
     assert pages.run(GUIDES, section)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("page", WHOLE, ids=lambda page: page.name)
 def test_the_code_on_a_page_runs(page):
     assert pages.run(page)

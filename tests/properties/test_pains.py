@@ -135,6 +135,7 @@ ELSEWHERE = {
 }
 
 
+@pytest.mark.slow
 def test_every_test_named_above_is_there():
     there = {
         f"{path.name}::{node.name}"
@@ -166,6 +167,7 @@ def test_a_poisoned_average_reaches_the_parameters_at_no_step_but_the_overwrite(
 # ultralytics: after one NaN, no checkpoint for the rest of the run
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finite_is_saved_and_its_averages_are_the_last_good_ones(tmp_path):
     tx = optax.chain(optax.sgd(0.5), emaopt.heal(emaopt.ema(0.5)))
     params = {"w": jnp.array([4.0, 8.0])}

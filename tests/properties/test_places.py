@@ -177,7 +177,7 @@ PLACES = {
 }
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @each_transformation
 @pytest.mark.parametrize("place", PLACES)
 def test_in_every_place_the_numbers_are_the_plain_ones_compiled_once(name, place):
@@ -193,7 +193,7 @@ def test_in_every_place_the_numbers_are_the_plain_ones_compiled_once(name, place
     assert compiling.compilations(step) == 1
 
 
-@pytest.mark.many(6)
+@pytest.mark.many(2)
 @each_transformation
 def test_jitted_as_op_by_op(name):
     tx = make(name)
@@ -204,7 +204,7 @@ def test_jitted_as_op_by_op(name):
     close(plain(name), carry)
 
 
-@pytest.mark.many(10)
+@pytest.mark.many(2)
 @each_transformation
 def test_a_scan_is_the_loop(name):
     tx = make(name)
@@ -233,7 +233,7 @@ def test_an_ensemble_under_vmap_is_its_members(name):
     assert compiling.compilations(step) == 1
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @each_transformation
 def test_a_donated_step_reuses_every_buffer(name):
     tx = make(name)
@@ -265,7 +265,7 @@ def test_hyper_parameters_may_be_traced(name):
     assert compiling.compilations(traced) == 1
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if NUMBERS[name]])
 def test_an_injected_hyper_parameter_may_change_without_recompiling(name):
     factory, hyper = TRANSFORMATIONS[name]
@@ -293,6 +293,7 @@ WRONG_PLACES = {
 }
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("place", WRONG_PLACES)
 def test_a_wrong_place_shows_with_decay_0(place):
     tx, copies, counts = WRONG_PLACES[place]

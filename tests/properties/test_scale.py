@@ -74,7 +74,7 @@ def test_training_on_a_mesh_is_training_on_one_device(name, kind):
         assert_at(like_params, places[0])
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("name", sharded.MESHES)
 def test_clipping_optimizer_and_average_send_nothing_but_scalars(name):
     """One for each leaf that is in parts, at most: its share of the global norm."""
@@ -185,6 +185,7 @@ def test_every_k_steps_is_what_the_chain_would_average():
     np.testing.assert_allclose(average.shadow["w"], want, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "average",
     [emaopt.ema(0.9), emaopt.heal(emaopt.ema(0.9, accumulator_dtype=emaopt.compensated()))],

@@ -55,7 +55,7 @@ def trained(dtype="float32"):
     return run(SEVERAL, params_of(dtype))
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("name", DECAYS)
 def test_each_average_is_the_one_that_it_is_alone(name):
     params, opt_state = trained()
@@ -88,7 +88,7 @@ def test_decays_by_pattern_make_up_one_average():
     bitwise(average["bias"], params["bias"])
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("names", [None, ["mean", "fast"], ("slow", "slow")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stacked_puts_one_average_after_the_other(names, dtype):

@@ -102,7 +102,7 @@ def off(got, arrays):
     return worst
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("name", sorted(CASES.keys() - OF_ITS_OWN))
 def test_rows_have_the_numbers_of_tf1s_sparse_kernels(name):
     case, arrays = CASES[name], arrays_of(name)
@@ -110,6 +110,7 @@ def test_rows_have_the_numbers_of_tf1s_sparse_kernels(name):
     assert off(run(case, arrays, sparsely(tx), tx), arrays) < 0.1
 
 
+@pytest.mark.slow
 def test_tf1s_adam_moves_every_row_as_a_dense_gradient_does():
     case, arrays = CASES["adam"], arrays_of("adam")
     tx = transformation(case)

@@ -55,6 +55,7 @@ def test_on_eight_devices_the_numbers_are_those_of_one(kind):
     assert opt_state[2].rows.then["table"].addressable_shards[0].data.shape == (sparse.ROWS // 8, 3)
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_step_sends_the_rows_once_and_never_a_table(kind):
     mesh = sparse.mesh_of(kind)

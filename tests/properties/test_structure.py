@@ -140,7 +140,7 @@ def test_a_step_is_in_place_and_touches_no_more_memory_than_by_hand(tree, name, 
     assert step.cost_analysis()["bytes accessed"] <= 1.001 * hand_bytes(tree, name, place)
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("place", ["alone", "both"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_compiles_once_and_scans(name, place):
@@ -154,7 +154,7 @@ def test_a_step_compiles_once_and_scans(name, place):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("place", ["ema", "both"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_of_sharded_parameters_sends_one_norm_at_most(name, place):

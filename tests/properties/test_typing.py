@@ -37,6 +37,7 @@ def test_every_public_name_is_used_in_strict_mode(room):
     assert {f"{room}.{name}" for name in public(FILES[room])} <= USED
 
 
+@pytest.mark.slow
 @jax.disable_jit()
 def test_what_is_written_in_strict_mode_runs():
     params = {"w": jnp.ones(3)}

@@ -13,6 +13,7 @@ import emaopt
 each_way = pytest.mark.parametrize(("batch", "accumulated", "interval"), WAYS)
 
 
+@pytest.mark.many(3)
 @each_way
 def test_so_many_samples_later_a_value_counts_half(batch, accumulated, interval):
     seen, average = averages(batch, accumulated, interval)

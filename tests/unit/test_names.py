@@ -399,6 +399,7 @@ class Embedding(eqx.Module):
     value: jax.Array
 
 
+@pytest.mark.many(9)
 @pytest.mark.parametrize(
     ("node", "name"),
     [

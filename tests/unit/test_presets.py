@@ -74,7 +74,7 @@ def test_every_preset_is_compared_and_everything_is_recorded():
     assert {case["name"] for case in CASES} == set(PRESETS)
 
 
-@pytest.mark.many(11)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("case", CASES, ids=title)
 def test_a_preset_is_shown_as_a_call_that_makes_it(case):
     shown = repr(preset(case))
@@ -85,6 +85,7 @@ def test_a_preset_is_shown_as_a_call_that_makes_it(case):
     np.testing.assert_array_equal(jax.vmap(again.rate)(t), jax.vmap(preset(case).rate)(t))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RECORDED["outputs"], ids=title)
 def test_bema_is_an_average_a_start_and_one_line(case):
     given = dict(case["arguments"])
@@ -100,6 +101,7 @@ def test_bema_is_an_average_a_start_and_one_line(case):
     assert_close(ours[fired], make_peers.averages(case)[fired], 1e-6)
 
 
+@pytest.mark.slow
 def test_the_half_life_of_torchtitan_is_a_power():
     weights = [
         emaopt.profile(decay, 5000)
@@ -126,7 +128,7 @@ def test_a_preset_names_the_version_that_it_was_compared_with(name):
     assert version in PRESETS[name].__doc__
 
 
-@pytest.mark.many(6)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("case", {case["name"]: case for case in CASES}.values(), ids=title)
 def test_what_a_preset_takes_over_several_updates_is_the_product_of_its_decays(case):
     decay = preset(case)
@@ -238,7 +240,7 @@ INSTEAD = {
 }
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("name", INSTEAD)
 def test_what_a_library_does_instead_of_what_it_documents(name):
     actual, documented = (averages(decay, VALUES) for decay in INSTEAD[name])

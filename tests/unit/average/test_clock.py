@@ -47,7 +47,7 @@ def ideal(decay, advances):
     return np.bincount(np.append(0, batch), of_tokens)
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("decay", EXACT)
 def test_a_batch_ramp_has_the_profile_of_single_tokens(decay):
     state = weights(EXACT[decay], RAMP)
@@ -55,6 +55,7 @@ def test_a_batch_ramp_has_the_profile_of_single_tokens(decay):
     assert np.abs(state.shadow - ideal(EXACT[decay], RAMP)).sum() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [warmup(0.999), lambda t: 1 - 8 / (t + 8)])
 def test_a_ramp_or_a_function_is_taken_for_constant_over_a_batch(decay):
     found = weights(decay, RAMP).shadow
@@ -92,6 +93,7 @@ def test_an_advance_of_1_is_an_update_bit_for_bit():
         assert jax.tree.leaves(plain) == jax.tree.leaves(counted)
 
 
+@pytest.mark.slow
 def test_an_advance_of_nothing_leaves_the_average():
     for decay in (*EXACT.values(), warmup(0.9)):
         mean = moving_average(decay)

@@ -128,6 +128,7 @@ def test_a_decay_that_is_one_in_float32_is_exact_where_it_is_composed():
     np.testing.assert_allclose(after(0, 1 - 1e-9).rate(1), 1e-9, rtol=1e-6)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("gamma", [-1 + 1e-9, -1 + 1e-15, np.float64(-1 + 1e-9)])
 def test_power_near_minus_1_is_computed_as_it_was_checked(gamma):
     t = np.array([1, 2, 1000])

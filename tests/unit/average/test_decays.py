@@ -67,7 +67,7 @@ PERIODIC = {
 }
 
 
-@pytest.mark.many(9)
+@pytest.mark.many(4)
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", RATES)
 def test_the_effective_rate_is_right_at_any_t(name, jit):
@@ -75,7 +75,7 @@ def test_the_effective_rate_is_right_at_any_t(name, jit):
     np.testing.assert_allclose(effective(decay, TIMES, jit), rate(TIMES * 1.0), rtol=1e-5)
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", PERIODIC)
 def test_the_effective_rate_over_n_updates_is_right_at_any_t(name, jit):
@@ -85,7 +85,7 @@ def test_the_effective_rate_over_n_updates_is_right_at_any_t(name, jit):
     assert not effective(decay, times - 1, jit).any()
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("start", [1, 5, 10**7])
 @pytest.mark.parametrize("name", RATES)
 def test_after_restarts_the_clock_and_copies_before(name, start):
@@ -96,6 +96,7 @@ def test_after_restarts_the_clock_and_copies_before(name, start):
     assert (effective(after(start, decay), np.minimum(TIMES, start)) == 1).all()
 
 
+@pytest.mark.many(5)
 @pytest.mark.parametrize("name", RATES)
 def test_rates_have_the_precision_of_float64_where_it_is_enabled(name, x64):
     decay, rate = RATES[name]
@@ -167,7 +168,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.many(8)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed_decays_are_their_definition(name, jit):
@@ -225,6 +226,7 @@ def assert_average(decay, values, expected):
         np.testing.assert_allclose(state.shadow, right, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("d", [0.3, 0.9, 0.999, 0.9999])
 def test_warmup_is_bitwise_tf1(d, jit):
@@ -267,7 +269,7 @@ def test_a_decay_may_depend_on_a_traced_value():
     assert rate(0.75, 2) == 0.25
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @pytest.mark.parametrize(
     "make",
     [
@@ -316,7 +318,7 @@ def trajectory(name):
     return jax.jit(lambda values: jax.lax.scan(step, average.init(values[0]), values[1:])[1])
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", LAWFUL)
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(values=FLOATS)
@@ -328,6 +330,7 @@ def test_an_average_lies_between_the_extremes(name, values):
     assert (averages <= values.max() + slack).all()
 
 
+@pytest.mark.many(3)
 @pytest.mark.parametrize("name", LAWFUL)
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(value=st.floats(width=32, allow_infinity=False, allow_nan=False, allow_subnormal=False))
@@ -340,7 +343,7 @@ def test_decay_is_public():
     assert isinstance(power(0), emaopt.Decay)
 
 
-@pytest.mark.many(7)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("t", [0, 1, 2, 40])
 @pytest.mark.parametrize(
     "decay",

@@ -93,6 +93,7 @@ def test_the_shadow_is_of_the_values_dtype_or_float32_whichever_is_wider(dtype, 
     assert mean.update(values, state).shadow.dtype == shadow
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("accumulator", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("values", ["bfloat16", "float32", "float64"])
 def test_accumulator_dtype_decides_the_dtype_but_not_the_arithmetic(accumulator, values, x64):
@@ -194,7 +195,7 @@ def trajectory(tx, steps=30):
     return np.concatenate([start[None], params]), np.concatenate([start[None], shadow])
 
 
-@pytest.mark.many(7)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("name", DECAYS)
 def test_in_a_chain_the_average_is_that_of_the_definition(name):
     decay, beta = DECAYS[name]
@@ -375,6 +376,7 @@ def test_swap_exchanges_and_is_its_own_inverse(name, dtype, abstract):
     assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (again, (params, opt_state)))))
 
 
+@pytest.mark.slow
 def test_swap_is_bitwise_its_own_inverse_under_jit():
     params, opt_state = train(WRAPPED["chain"][0], params_of("bfloat16"))
     twice = jax.jit(lambda p, s: emaopt.swap(*emaopt.swap(p, s)))

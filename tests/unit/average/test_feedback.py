@@ -197,6 +197,7 @@ def test_averages_of_different_leaves_are_fed_back_together():
     bitwise(params, emaopt.average(params, opt_state))
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     "average",
     [
@@ -369,6 +370,7 @@ def test_workers_on_an_axis_share_the_outer_step():
         np.testing.assert_allclose(x, alone[k], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_strength_moves_the_parameters_part_of_the_way():
     history, plain = run(chain(3, emaopt.ema(0.5), strength=0.25)), run(chain(3, emaopt.ema(0.5)))
     theta, averaged = plain[2][0], emaopt.average(*plain[2])

@@ -80,6 +80,7 @@ def test_no_later_step_deletes_the_averages_of_sharded_parameters():
     equal(averaged, kept)
 
 
+@pytest.mark.slow
 def test_no_later_step_deletes_a_model_of_the_averages():
     model = nnx.Sequential(
         nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.0, rngs=nnx.Rngs(params=0, dropout=1))
@@ -102,6 +103,7 @@ def test_no_later_step_deletes_a_model_of_the_averages():
     assert jax.random.key_data(whole.layers[1].rngs.key[...]).size  # also what has no average
 
 
+@pytest.mark.slow
 def test_an_equinox_model_of_the_averages_keeps_what_is_no_array():
     model = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
     state = emaopt.ema(0.5).init(eqx.filter(model, eqx.is_inexact_array))
@@ -288,7 +290,7 @@ RESTARTED = {
 }
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(1)
 @jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("kind", RESTARTED)

@@ -90,7 +90,7 @@ def test_bad_parameters_leave_their_leaf_and_only_it(kind, bad):
         assert state.state.shadow["b"].tolist() == [3.5]
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @bad
 @kinds
 def test_a_poisoned_leaf_starts_again_from_the_parameters_and_is_counted(kind, bad):
@@ -173,6 +173,7 @@ def test_params_missing_is_named():
         tx.update(ONE, tx.init(PARAMS))
 
 
+@pytest.mark.many(2)
 @kinds
 def test_large_numbers_whose_sum_overflows_are_finite(kind):
     tx = emaopt.heal(emaopt.ema(0.5, accumulator_dtype=kind))
@@ -188,6 +189,7 @@ def test_large_numbers_whose_sum_overflows_are_finite(kind):
     assert {k: int(n) for k, n in after.healed.items()} == {"w": 0, "b": 0}
 
 
+@pytest.mark.slow
 def test_complex_numbers_are_finite_though_their_size_overflows():
     tx = emaopt.heal(emaopt.ema(0.5))
     params = jnp.array([3e38 + 3e38j, 1.0])
@@ -205,6 +207,7 @@ def test_an_overflow_leaves_its_element_and_the_others_move():
     assert state.state.shadow.tolist() == [params[0].item(), 2]
 
 
+@pytest.mark.slow
 def test_op_by_op_the_second_update_compiles_nothing(caplog):
     tx = emaopt.heal(emaopt.ema(0.5))
     params = {"w": jnp.ones(7)}

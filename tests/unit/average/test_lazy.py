@@ -102,7 +102,7 @@ def assert_close(got, want, share=1e-6):
         np.testing.assert_allclose(np.complex128(a), np.complex128(b), rtol=0, atol=share * largest)
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_every_row_is_as_in_an_average_of_all_rows_after_every_step(decay):
     decay = DECAYS[decay]
@@ -123,6 +123,7 @@ def test_where_the_decay_is_0_or_1_it_is_exact(jitted):
     jax.tree.map(np.testing.assert_array_equal, read(*carry), PARAMS)
 
 
+@pytest.mark.slow
 def test_num_updates_replaces_t():
     lazy_tx, dense_tx = chain(rows=TABLES)(emaopt.warmup(0.999)), chain()(emaopt.warmup(0.999))
     extra = {"num_updates": jnp.int32(12)}
@@ -131,6 +132,7 @@ def test_num_updates_replaces_t():
     assert_close(lazy[-1], dense[-1])
 
 
+@pytest.mark.slow
 def test_the_parameters_from_before_the_update():
     options = {"sequential_update": False}
     tx = chain(rows=TABLES, **options)
@@ -155,6 +157,7 @@ def test_a_float64_average_has_times_of_float64(x64):
     np.testing.assert_allclose(lazy[-1]["table"], want[-1], rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_compensated_it_is_as_exact_as_float64():
     exact = emaopt.compensated()
     _, lazy = lazily(chain(rows=TABLES, accumulator_dtype=exact)(0.99), PARAMS, emaopt.average)
@@ -176,6 +179,7 @@ def test_in_two_bytes_to_their_precision(accumulator):
     assert_close(lazy[-1], dense[-1], 0.05)
 
 
+@pytest.mark.slow
 def test_complex_tables():
     params = {name: x.astype(jnp.complex64) for name, x in PARAMS.items()}
     descent = optax.sgd(0.1)
@@ -264,6 +268,7 @@ def test_swapped_abstract_trees_stay_abstract():
     assert jax.tree.structure((averaged, swapped)) == jax.tree.structure(real)
 
 
+@pytest.mark.slow
 def test_read_settled_or_not_the_training_goes_on_to_the_same_numbers():
     """A run that was saved and resumed."""
     tx = chain(rows=TABLES)(emaopt.warmup(0.99))
@@ -288,6 +293,7 @@ def test_read_settled_or_not_the_training_goes_on_to_the_same_numbers():
     assert_close(emaopt.average(*resumed), emaopt.average(*plain))
 
 
+@pytest.mark.slow
 def test_stacked_and_the_ledger():
     tx = optax.chain(
         emaopt.gradient_descent(0.1),
@@ -327,6 +333,7 @@ def test_healed_a_bad_row_keeps_its_average():
     assert jnp.all(jnp.isfinite(after["table"]))
 
 
+@pytest.mark.slow
 def test_a_dense_step_in_between_is_right_too():
     tx = chain(rows=TABLES)(0.9)
     (params, opt_state), _ = lazily(tx, PARAMS, steps=10)
@@ -458,6 +465,7 @@ def test_names_of_the_times():
     }
 
 
+@pytest.mark.slow
 def test_it_costs_the_rows_and_not_the_table():
     params = {"table": jnp.ones((50_000, 16)), "bias": PARAMS["bias"]}
     tx = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(0.99, rows=TABLES))

@@ -29,7 +29,7 @@ def run(mean, updates):
     return jax.lax.fori_loop(1, updates + 1, update, mean.init(jnp.float32(0)))
 
 
-@pytest.mark.many(8)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("updates", [1, 2, 500])
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
 def test_it_describes_the_weights_of_the_average(decay, updates):
@@ -50,7 +50,7 @@ def test_it_is_right_after_many_updates_of_a_long_average():
     np.testing.assert_allclose(known["effective_window"], 1 / square, rtol=1e-6)
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("kind", [None, emaopt.compensated(), emaopt.stochastic()])
 def test_it_is_float32_in_double_precision_too(kind, x64):
     mean = emaopt.moving_average(emaopt.half_life(3), accumulator_dtype=kind, ledger=True)

@@ -26,6 +26,7 @@ def test_a_residue_that_moves_is_not_held():
         assert emaopt.stalled(value, before, after) == expected
 
 
+@pytest.mark.slow
 def test_over_many_updates_chance_moves_what_rounding_to_nearest_holds():
     first = jnp.full(1000, 1.0, jnp.bfloat16)
     value = first.astype(jnp.float32) * 1.01

@@ -70,7 +70,7 @@ def sgd(rate):
     return lambda g, y, z, slots, t: -rate * g
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     ("average", "decay"),
     [
@@ -89,6 +89,7 @@ def test_the_three_points_are_those_of_the_formula(average, decay, interpolation
     assert_near(emaopt.average(params, opt_state), x, 2e-6 / (1 - interpolation))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [None, 0.05])
 def test_optax_trains_the_same_schedule_free_sgd(weight_decay):
     base = optax.sgd(0.3)
@@ -228,6 +229,7 @@ def test_a_pull_may_be_a_number():
     assert_near((params, emaopt.average(params, opt_state)), wanted, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_points_of_bfloat16_parameters_are_not_rounded_to_bfloat16():
     tx = emaopt.primal(optax.sgd(2e-4), emaopt.ema(emaopt.power(0)), 0.9)
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
@@ -318,6 +320,7 @@ def test_a_reset_average_and_its_optimizer_start_from_the_parameters(dtype):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_it_scans_with_donation_and_compiles_once():
     tx = emaopt.primal(optax.sgd(0.2), emaopt.ema(emaopt.power(0)))
 

@@ -68,12 +68,14 @@ def test_rounded_to_nearest_a_small_gap_is_never_closed():
     assert stalled == 1
 
 
+@pytest.mark.slow
 def test_compensated_loses_nothing():
     part, stalled = followed(emaopt.compensated(), 1e-4, updates=20_000)
     assert abs(part - 1) < 1e-6
     assert stalled == 0
 
 
+@pytest.mark.slow
 def test_compensated_bfloat16_has_sixteen_bits():
     assert followed(jnp.bfloat16, 0.2) == (0, 1)
     part, _ = followed(emaopt.compensated(jnp.bfloat16), 0.2)
@@ -81,6 +83,7 @@ def test_compensated_bfloat16_has_sixteen_bits():
 
 
 # the standard error of 2**14 elements is 0.004 and 0.02
+@pytest.mark.slow
 @pytest.mark.parametrize(("gap", "tolerance"), [(1e-2, 0.02), (1e-3, 0.1)])
 def test_stochastic_is_right_on_average(gap, tolerance):
     part, _ = followed(emaopt.stochastic(), gap)
@@ -112,12 +115,14 @@ def test_the_bits_of_stochastic_depend_on_step_leaf_and_place_alone():
     assert (eager["a"] != again.shadow["a"]).mean() > 0.1
 
 
+@pytest.mark.many(2)
 @kinds
 def test_a_constant_stays_what_it_is_bit_for_bit(kind):
     x = start()
     np.testing.assert_array_equal(after(kind, 0.999, 50, x, x).shadow, x.astype(jnp.float32))
 
 
+@pytest.mark.many(5)
 @kinds
 @pytest.mark.parametrize("decay", [0.0, emaopt.power(0), emaopt.after(3, 0.9)])
 def test_a_copy_is_the_value(kind, decay):
@@ -135,6 +140,7 @@ def test_a_copy_is_the_value(kind, decay):
         )
 
 
+@pytest.mark.many(2)
 @kinds
 def test_a_value_that_is_not_taken_leaves_every_bit(kind):
     mean = emaopt.moving_average(emaopt.every(3, 0.9), accumulator_dtype=kind)
@@ -202,6 +208,7 @@ def test_nan_stays_nan_whatever_its_bits(nan):
     assert jnp.all(jnp.isnan(stochastically(x, jnp.zeros(100), jnp.int32(1), 0)))
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True)
 @given(st.integers(-(2**20), 2**20), st.integers(-(2**40), 2**40), st.integers(0, 30))
 def test_stochastic_gives_a_neighbour(x, increment, scale):
@@ -222,7 +229,7 @@ def test_a_sum_and_what_rounding_took_from_it_are_exact(x, increment):
     assert Fraction(float(total)) + Fraction(float(lost)) == Fraction(x) + Fraction(increment)
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @kinds
 def test_dtypes_are_those_of_init_under_scan_donation_and_vmap(kind):
     mean = emaopt.moving_average(0.9, accumulator_dtype=kind, ledger=True)
@@ -269,7 +276,7 @@ def test_what_to_evaluate_with_has_the_residue_in_it():
     assert abs(state.shadow["w"].astype(jnp.float32) - params["w"]).max() > 1e-3
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @kinds
 def test_resuming_goes_on_bit_for_bit(kind, tmp_path):
     tx = emaopt.ema(0.99, accumulator_dtype=kind, ledger=True)

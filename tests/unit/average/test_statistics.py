@@ -89,7 +89,7 @@ def by_hand(statistics=None):
     return found
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize(
     ("momentum", "rtol"), [(0.0, 2e-6), (0.9, 3e-6), (0.99, 6e-6), (0.999, 6e-5)]
 )
@@ -121,6 +121,7 @@ def test_they_are_the_statistics_of_pytorchs_update_bn():
         np.testing.assert_allclose(got[layer]["var"] * 16 / 15, leaves["var"], rtol=5e-6)
 
 
+@pytest.mark.slow
 def test_a_large_statistic_does_not_hide_the_momentum():
     batches = 1e3 * BATCHES
     forward = jax.jit(lambda old, batch: 0.99 * old + (1 - 0.99) * jnp.var(batch, axis=0))
@@ -135,6 +136,7 @@ def test_what_training_left_does_not_matter():
     bitwise(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["a", "b"])
 def test_frozen_layers_are_kept_and_used_as_they_are(frozen):
     statistics = left_by_training()
@@ -159,6 +161,7 @@ def test_nothing_of_the_callers_is_donated_or_changed():
     jax.jit(lambda *both: both, donate_argnums=(0, 1))(got, statistics)
 
 
+@pytest.mark.slow
 def test_an_nnx_model_out_of_jit_is_left_alone():
     class Network(nnx.Module):
         def __init__(self):
@@ -228,6 +231,7 @@ def test_complex_and_double_statistics(x64):
 # the other two policies
 
 
+@pytest.mark.slow
 def test_statistics_are_averaged_beside_the_parameters():
     mean = emaopt.moving_average(emaopt.power(0))
     forward = linen_forward(0.0, 0.0)
@@ -325,6 +329,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.many(7)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_running_average_is_refused(name):
     call, message = REFUSED[name]
@@ -332,6 +337,7 @@ def test_what_is_no_running_average_is_refused(name):
         call()
 
 
+@pytest.mark.slow
 def test_statistics_that_the_forward_pass_uses_are_refused():
     networks = [eqx.nn.make_with_state(eqx.nn.BatchNorm)(5, "batch", mode="ema") for _ in "ab"]
     norms, states = zip(*networks, strict=True)

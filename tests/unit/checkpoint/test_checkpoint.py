@@ -96,6 +96,7 @@ def test_training_resumes_bit_for_bit(name, tmp_path):
     bitwise(trained(tx, 3, *got[:2]), trained(tx, 6))
 
 
+@pytest.mark.slow
 def test_resume_from_abstract_trees(tmp_path):
     tx = OPTIMIZERS["chain"]
     params, opt_state = trained(tx, 2)
@@ -264,7 +265,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.many(15)
+@pytest.mark.many(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_averages_of_any_checkpoint(layout, name, tmp_path):
@@ -286,6 +287,7 @@ def test_the_legacy_manager_resumes_through_swap(tmp_path):
     bitwise(emaopt.swap(got["params"], got["opt_state"]), (params, opt_state))
 
 
+@pytest.mark.slow
 def test_only_the_averages_are_read(tmp_path):
     """One copy of the parameters, to 5 %, of the five that are stored."""
     rng = np.random.default_rng(0)
@@ -346,6 +348,7 @@ def test_linen_train_state_with_batch_statistics(tmp_path):
     bitwise(averaged, emaopt.average(state.params, state.opt_state))
 
 
+@pytest.mark.slow
 def test_nnx_with_batch_norm(tmp_path):
     class Net(nnx.Module):
         def __init__(self):
@@ -380,6 +383,7 @@ def test_nnx_with_batch_norm(tmp_path):
     bitwise(checkpoint.restore_averages(tmp_path, like[0]), want)
 
 
+@pytest.mark.slow
 def test_a_dataclass_module(tmp_path):
     @partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["name"])
     @dataclasses.dataclass
@@ -398,7 +402,7 @@ def test_a_dataclass_module(tmp_path):
     bitwise(averaged, emaopt.average(params, opt_state))
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("spec", [("x", None), (None, "x"), (None, None)])
 def test_restored_onto_another_mesh(devices, spec, tmp_path_factory, sharded_run):
@@ -470,6 +474,7 @@ def test_watch_raises_what_is_wrong_with_a_checkpoint_that_stays(run):
         list(checkpoint.watch(path, PARAMS | {"extra": jnp.ones(1)}, interval=0.01, timeout=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("like", [None, PARAMS])
 def test_export_is_the_averages_alone(run, like, tmp_path):
     path, params, opt_state = run
@@ -605,7 +610,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_before_anything_is_read(mistake, run, monkeypatch):
     call, message = MISTAKES[mistake]

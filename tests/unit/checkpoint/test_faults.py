@@ -297,6 +297,7 @@ def test_the_error_names_checkpoint_leaf_and_cause(failure, reported):
     assert "report0/damaged" in error
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("item", ["params", "opt_state", "rest"])
 def test_the_damaged_leaf_is_named(item, saved, monkeypatch):
     """A bit flipped in what was read, for each leaf: what bit rot in array data comes to."""

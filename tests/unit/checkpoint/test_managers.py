@@ -44,6 +44,7 @@ def run(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_manager_restores_what_from_items_takes(run):
     abstract = jax.eval_shape(lambda: (PARAMS, STATE))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -109,6 +110,7 @@ def test_a_manager_of_one_tree_without_metadata(tmp_path):
     bitwise(checkpoint.restore_averages(tmp_path / "several", PARAMS), want)
 
 
+@pytest.mark.slow
 def test_the_emergency_manager(tmp_path):
     """It takes one tree, of arrays over the mesh; here its local path, in one process."""
     mesh = jax.make_mesh((2, 4), ("replica", "data"))

@@ -49,6 +49,7 @@ def assert_close(a, b, tolerance):
         np.testing.assert_allclose(x, y, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_what_fits_as_a_whole_is_resume(run):
     _, params, opt_state = run
     got = resume(run, OLD, epoch=0)
@@ -130,6 +131,7 @@ def test_averages_are_found_by_name(tmp_path):
     assert "opt_state/fast" in skipped
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     "accumulator", [None, jnp.bfloat16, emaopt.compensated(), emaopt.compensated(jnp.bfloat16)]
 )

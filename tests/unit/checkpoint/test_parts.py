@@ -13,6 +13,7 @@ from emaopt.checkpoint._item import Item, LeafError, _into_memory
 from emaopt.checkpoint._safetensors import tensor_part, tensors
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64", "bool"])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5)])
 def test_digests_of_blocks_add_up_to_that_of_the_array(dtype, shape):

@@ -204,6 +204,7 @@ def test_names_from_a_file_are_escaped(run, tmp_path):
     assert r"params/w\x1b[2J\n is stored, but not in what was passed" in str(error.value)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_0_1_0_are_read(tmp_path):
     shutil.unpack_archive(GOLDEN, tmp_path, filter="data")
     compensated = emaopt.compensated(jnp.bfloat16)

@@ -34,6 +34,7 @@ def rounded(tree, dtype):
     return jax.tree.map(lambda x: x if dtype is None else x.astype(dtype).astype(x.dtype), tree)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16, jnp.float16])
 def test_a_snapshot_is_restored_watched_and_exported(dtype, tmp_path):
     params, opt_state = trained(TX)
@@ -61,6 +62,7 @@ def test_it_has_steps_and_ledger_and_no_optimizer(tmp_path, capsys):
     assert "differ" not in capsys.readouterr().out.replace("0 differ", "")
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_noticed_in_what_was_cast(tmp_path, monkeypatch):
     run = taken(tmp_path, trained(TX)[1], jnp.bfloat16)
     monkeypatch.setattr(
@@ -91,6 +93,7 @@ def test_float16_refuses_what_it_does_not_hold(tmp_path):
         assert not checkpointer.checkpoints
 
 
+@pytest.mark.slow
 def test_it_is_merged_with_full_checkpoints_and_after_them(tmp_path):
     tx = optax.chain(optax.sgd(0.1), emaopt.ema(emaopt.power(3), ledger=True))
     params, opt_state = PARAMS, None
@@ -107,6 +110,7 @@ def test_it_is_merged_with_full_checkpoints_and_after_them(tmp_path):
     assert all(map(np.allclose, jax.tree.leaves(got), jax.tree.leaves(want)))
 
 
+@pytest.mark.slow
 def test_full_checkpoints_come_and_go_while_snapshots_stay(tmp_path):
     keep = ocp.training.preservation_policies.LatestN(2)
     params, opt_state = PARAMS, None
@@ -131,6 +135,7 @@ def test_full_checkpoints_come_and_go_while_snapshots_stay(tmp_path):
         checkpoint.restore_params(tmp_path / "averages", params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, jnp.float32])
 def test_a_compensated_average_is_its_value(dtype, tmp_path):
     tx = optax.chain(optax.sgd(0.1), emaopt.ema(0.9, accumulator_dtype=emaopt.compensated()))
@@ -198,6 +203,7 @@ class Dense(linen.Module):
         return x @ self.param("kernel", init, (2, 2))
 
 
+@pytest.mark.slow
 def test_names_see_through_boxes_and_modules(tmp_path):
     boxed = Dense().init(jax.random.key(0), jnp.ones((1, 2)))
     run = taken(tmp_path / "boxes", TX.init(boxed), jnp.bfloat16)
@@ -213,6 +219,7 @@ def test_names_see_through_boxes_and_modules(tmp_path):
     bitwise(got, want)
 
 
+@pytest.mark.slow
 def test_many_sharded_leaves_on_eight_devices(tmp_path):
     sharding = jax.sharding.NamedSharding(
         jax.make_mesh((4, 2), ("a", "b")), jax.sharding.PartitionSpec("a", "b")
@@ -224,6 +231,7 @@ def test_many_sharded_leaves_on_eight_devices(tmp_path):
     bitwise(got, rounded(params, jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_rows_must_be_up_to_date(tmp_path):
     tx = emaopt.ema(0.5, rows={"table": True})
     params = {"table": jnp.arange(8.0).reshape(4, 2)}

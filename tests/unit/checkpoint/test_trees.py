@@ -83,7 +83,7 @@ KINDS = {
 }
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tree_is_resumed_and_its_averages_are_restored(kind, tmp_path):
     params = KINDS[kind]()
@@ -101,6 +101,7 @@ def test_a_tree_is_resumed_and_its_averages_are_restored(kind, tmp_path):
     same(checkpoint.restore_averages(tmp_path / "served", like=fresh), averaged)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")  # plain Orbax's
 @pytest.mark.parametrize("create", [sequence, lambda: Blocks(nnx.Rngs(0))])
 def test_an_nnx_module_is_saved_as_its_state(create, tmp_path):
@@ -168,7 +169,7 @@ def test_many_sharded_leaves_on_eight_devices(tmp_path):
     assert got[0]["w7"].sharding == sharding
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize(
     "tx",
     [
@@ -198,6 +199,7 @@ def test_an_uncommitted_template_gives_an_uncommitted_value(tx, tmp_path):
         same(step(*resumed), step(*state))  # failed with arrays on other devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_compensated_average_is_read_with_its_residue(dtype, tmp_path):
     average = emaopt.ema(0.9, accumulator_dtype=emaopt.compensated(dtype))
@@ -229,7 +231,7 @@ def test_two_networks_in_one_state(tmp_path):
     same(checkpoint.restore_averages(tmp_path, like=params), want | {"disc": params["disc"]})
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("name", [None, "slow"])
 @pytest.mark.parametrize("dtype", [None, emaopt.compensated()])
 def test_rows_that_have_rested_are_brought_up_to_date(name, dtype, tmp_path):

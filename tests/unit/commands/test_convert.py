@@ -92,7 +92,7 @@ def listed(capsys, path):
     return shown, {leaf["name"]: leaf for leaf in shown["leaves"]}
 
 
-@pytest.mark.many(4)
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     "run",
     ["adam", "rmsprop_centered_swapped", "float64", "bfloat16", "other_name", "no_average", "slim"],
@@ -155,7 +155,7 @@ def test_averages_of_some_variables_go_with_the_other_variables(tmp_path):
 NAME = "ExponentialMovingAverage"
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(
     ("run", "average_name"), [*((run, NAME) for run in CHAINS), ("adam", "{}/of/{}")]

@@ -59,6 +59,7 @@ def test_ls_shows_the_variables_of_tf1(ending, capsys):
     }
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     ("run", "roles"),
     [
@@ -232,6 +233,7 @@ def test_the_table_fits_the_terminal_and_long_names_are_whole(width):
     assert lines[-2].endswith("[3,4]  float32  48")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(orbax):
     read, write_end = os.pipe()
     os.close(read)

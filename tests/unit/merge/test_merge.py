@@ -105,6 +105,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(("name", "options", "target", "decays", "at"), CASES)
 def test_the_average_is_written_with_the_predicted_error(
     name, options, target, decays, at, runs, tmp_path, capsys
@@ -245,6 +246,7 @@ def test_without_a_target_the_list_of_targets_is_shown(runs, capsys):
     assert lines[-1] == "Out of reach is what is above --threshold 0.01."
 
 
+@pytest.mark.slow
 def test_cooldowns_are_listed_where_checkpoints_make_steps_of_them(runs, tmp_path, capsys):
     listed = {row["target"] for row in run(capsys, runs[0] / "two")["targets"]}
     assert not [target for target in listed if "sqrt" in target]
@@ -255,6 +257,7 @@ def test_cooldowns_are_listed_where_checkpoints_make_steps_of_them(runs, tmp_pat
     assert "--one-minus-sqrt 5" in listed
 
 
+@pytest.mark.slow
 def test_the_predicted_errors_are_drawn(runs, tmp_path, capsys):
     from matplotlib.image import imread
 
@@ -272,6 +275,7 @@ def test_the_predicted_errors_are_drawn(runs, tmp_path, capsys):
     assert not np.array_equal(two, plain)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize(
     ("decay", "text"),
     [
@@ -306,6 +310,7 @@ def test_a_ledger_tells_the_decay(decay, text):
             assert np.linalg.norm(own - its) < 1e-3 * np.linalg.norm(own)
 
 
+@pytest.mark.slow
 def test_four_updates_are_enough():
     weights = [emaopt.profile(emaopt.power(FAST), t) for t in (1, 2, 3, 4)]
     moments = [Moments(w[0], w @ np.arange(len(w))[::-1], w @ w) for w in weights]
@@ -337,6 +342,7 @@ def odd(tmp_path_factory):
     return tmp_path
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -426,6 +432,7 @@ def test_without_a_package_the_extra_is_named(missing, runs, tmp_path, monkeypat
     assert f'{missing} is not installed. pip install "emaopt[posthoc]"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_added_up_are_the_averages_that_were_evaluated(tmp_path):
     """With their residues: of a compensated bfloat16 average the shadow alone has 8 bits."""
     accumulator = emaopt.compensated(jnp.bfloat16)

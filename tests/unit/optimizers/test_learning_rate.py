@@ -22,6 +22,7 @@ def stair(values):
     return np.round(np.log(np.asarray(values, np.float64)) / np.log(STAIR)).astype(int)
 
 
+@pytest.mark.many(6)
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("k", [1, 2, 3, 41, 1000])
 def test_step_k_decay_steps_is_on_stair_k_for_every_decay_steps(k, jit):
@@ -42,6 +43,7 @@ def test_stairs_of_constant_decay_steps_are_on_time():
         assert set(stair([schedules[n](k * n) for n in LATE[:50]])) == {k}
 
 
+@pytest.mark.many(4)
 @pytest.mark.parametrize("decay_steps", [0.1, 0.5, 1.7, 2.5, 41.0, 1e3])
 def test_stairs_of_float_decay_steps_are_the_exact_quotient(decay_steps):
     steps = np.arange(200, dtype=np.int32)

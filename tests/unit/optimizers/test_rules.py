@@ -240,7 +240,7 @@ def test_the_update_has_the_dtype_of_the_gradient(name):
     assert dtypes(state.slots) <= {"float32"}
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @each_optimizer
 def test_float64_stays_float64(name, x64):
     tx = make(name)
@@ -249,7 +249,7 @@ def test_float64_stays_float64(name, x64):
     assert dtypes((updates, state.slots)) == {"float64"}
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @each_optimizer
 def test_an_absent_gradient_leaves_its_slots(name):
     tx = make(name)
@@ -298,6 +298,7 @@ def test_parameters_are_needed_by_ftrl_only(name):
         bitwise(got, tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=1.0))
 
 
+@pytest.mark.many(5)
 @each_optimizer
 def test_a_schedule_is_the_number_at_the_updates_before_this_one(name):
     rates = [0.3, 0.1, 0.2]
@@ -416,7 +417,7 @@ def test_the_state_is_of_one_public_type():
 LINEAR = ["gradient_descent", "momentum", "nesterov"]
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("name", LINEAR)
 def test_complex_numbers_are_trained_as_real_and_imaginary_part(name):
     rng = np.random.default_rng(0)
@@ -441,7 +442,7 @@ def test_a_complex_gradient_is_applied_as_optax_applies_it():
     np.testing.assert_array_equal(ours.update(grad, ours.init(p))[0], wanted)
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(LINEAR)))
 def test_the_others_say_no_to_complex_numbers_and_what_to_wrap_them_in(name):
     p = jnp.array([3 - 1j])
@@ -479,6 +480,7 @@ def test_a_beta_of_one_is_refused_because_adam_divides_by_what_is_left(beta, val
         emaopt.adam(**{beta: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_with", [emaopt.adadelta, lambda **k: emaopt.rmsprop(0.1, **k)])
 def test_a_share_that_rounds_to_one_is_refused_where_it_is_used(make_with, x64):
     share = "rho" if make_with is emaopt.adadelta else "decay"
@@ -530,7 +532,7 @@ def test_numbers_that_make_nothing_or_nan_are_refused(make, message):
         make()
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @each_optimizer
 @pytest.mark.parametrize("start", [{}, {"initial_accumulator_value": 0.0}], ids=["usual", "zero"])
 def test_derivatives_of_an_update_are_finite_at_zero(name, start):

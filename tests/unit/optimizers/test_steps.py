@@ -247,7 +247,7 @@ def lenient():
 ADVERSARY = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(
     "tx",

@@ -126,7 +126,7 @@ def sum_to(norm):
     return {"a": jnp.array([0.6, 0.0]) * norm, "b": jnp.array([[0.8]]) * norm, "n": None}
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize(
     "clip",
     [
@@ -272,6 +272,7 @@ def test_what_is_written_is_fetched_in_one_transfer_and_nothing_else_is(tmp_path
         assert len(fetched) == 2
 
 
+@pytest.mark.slow
 @needs_writer
 def test_histograms_count_every_floating_point_array_by_its_name(tmp_path):
     x = np.random.default_rng(0).normal(size=(30, 7)).astype(np.float32)

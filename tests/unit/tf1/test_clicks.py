@@ -113,6 +113,7 @@ def test_in_between_it_can_be_an_orbax_checkpoint(run, tmp_path):
     assert_tf1(tmp_path / "x-40", run)
 
 
+@pytest.mark.slow
 def test_what_fits_is_loaded_and_a_new_average_of_rows_starts(run):
     params, opt_state, skipped = tf1.load_partial(
         RUN / "model.ckpt-20",

@@ -81,7 +81,7 @@ def load_run(run, swapped):
     return tx, prefix, tf1.load(prefix, MLP, tx.init(MLP), swapped=swapped)
 
 
-@pytest.mark.many(3)
+@pytest.mark.many(1)
 @forms
 @runs
 def test_a_run_goes_on_as_in_tf1(run, swapped, arrays):
@@ -139,7 +139,7 @@ STATES = {
 }
 
 
-@pytest.mark.many(14)
+@pytest.mark.many(8)
 @pytest.mark.parametrize(
     ("state", "swapped"),
     [(s, False) for s in STATES]

@@ -68,7 +68,7 @@ def trained():
     return steps(CHAIN, pack(TREE), pack(GRADS))
 
 
-@pytest.mark.many(6)
+@pytest.mark.many(3)
 @pytest.mark.parametrize("tree", [MIXED, TREE, {}, None, jnp.ones(2), {"a": jnp.zeros((2, 0))}])
 @pytest.mark.parametrize("max_size", [0, 2, 2**16])
 def test_unpack_gives_back_what_was_packed_bit_for_bit(tree, max_size):
@@ -105,7 +105,7 @@ def lenient():
         yield
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("name", LIKE_TREES)
 def test_training_is_that_of_the_tree(name):

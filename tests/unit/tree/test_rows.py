@@ -39,6 +39,7 @@ def test_ids_stand_once_each_and_positions_lead_back(shape, jitted):
     np.testing.assert_array_equal(np.asarray(found.ids)[np.asarray(found.positions)], ids)
 
 
+@pytest.mark.many(2)
 @pytest.mark.parametrize("size", [3, 4, 9])
 def test_size_is_the_number_of_rows(size):
     found = emaopt.rows(jnp.array([8, 1, 8, 4]), size)
@@ -64,6 +65,7 @@ def test_ids_of_64_bits():
     np.testing.assert_array_equal(found.positions, [1, 2, 0])
 
 
+@pytest.mark.slow
 def test_several_lookups_in_one_table():
     ids = {"item": jnp.array([5, 1]), "history": jnp.array([[1, 0], [5, 5]])}
     found = emaopt.rows(ids)
@@ -126,7 +128,7 @@ def looked_up(table, positions):
     return jnp.sum(table[positions] ** 2 * jnp.array([[1.0], [2.0], [-3.0]]))
 
 
-@pytest.mark.many(2)
+@pytest.mark.many(1)
 @pytest.mark.parametrize("name", OTHER_STATES)
 @jax.numpy_dtype_promotion("standard")  # Optax divides by integers
 def test_a_step_on_rows_is_a_dense_step_for_those_rows(name):
@@ -209,6 +211,7 @@ def test_a_packed_tree_with_a_table_in_it():
     jax.tree.map(np.testing.assert_array_equal, back, (params, opt_state))
 
 
+@pytest.mark.slow
 def test_two_tables_with_lookups_of_their_own():
     params = {"user": TABLE, "item": jnp.arange(20.0).reshape(10, 2)}
     tables = {"user": emaopt.rows(jnp.array([[5], [2]])), "item": emaopt.rows(jnp.array([9]))}
@@ -251,6 +254,7 @@ def test_in_a_scan_as_step_by_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scanned, carry)
 
 
+@pytest.mark.slow
 def test_donated_the_step_is_in_place_and_compiles_once():
     params = {"table": jnp.ones((20_000, 16)), "bias": jnp.ones(3)}
     carry = params, TX.init(params)
@@ -282,6 +286,7 @@ def test_a_cpu_reads_each_row_in_vectors_and_others_read_the_table_alone():
     assert not re.search(r"(select|compare).*tensor<10000x64x", on_gpu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [False, True])
 def test_a_row_goes_through_a_view_with_every_bit(jitted):
     special = [-0.0, 1e-40, -1e-45, jnp.inf, -jnp.inf, jnp.nan, 1e-30, 3e38]
@@ -337,6 +342,7 @@ def test_under_jit_an_id_outside_reads_nan_and_writes_nothing():
     np.testing.assert_array_equal(new["table"], TABLE.at[2].set(0.0))
 
 
+@pytest.mark.slow
 def test_under_jit_too_small_a_size_is_all_nan_and_writes_nothing():
     tx = optax.apply_if_finite(TX, 2)
 
@@ -378,6 +384,7 @@ def test_linen_has_a_table_as_large_as_the_view():
     np.testing.assert_array_equal(got, Model(10).apply({"params": params}, ids))
 
 
+@pytest.mark.slow
 def test_nnx_looks_positions_up_in_a_model_of_the_small_state():
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -403,6 +410,7 @@ def test_nnx_looks_positions_up_in_a_model_of_the_small_state():
     np.testing.assert_array_equal(np.flatnonzero(moved), [2, 7])
 
 
+@pytest.mark.slow
 def test_equinox_modules_are_trees():
     class Model(eqx.Module):
         embed: eqx.nn.Embedding
@@ -500,6 +508,7 @@ def test_a_mistake_is_an_error_that_says_what_to_do(name):
         do()
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
 def test_the_gradients_of_micro_batches_add_up_in_one_view():
     """What the error about `optax.MultiSteps` names as the right way."""
