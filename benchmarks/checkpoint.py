@@ -152,7 +152,7 @@ def main():
 
     text = table(seconds, moved, f"{total / 1e9:.2f} GB in {len(leaves)} arrays", copy)
     print(text)
-    (RESULTS / "checkpoint.md").write_text(text)
+    (RESULTS / "checkpoint.md").write_text(f"# What a checkpoint costs\n\n{text}")
 
 
 def table(seconds, moved, what, copy):
