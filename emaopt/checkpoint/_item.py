@@ -139,14 +139,21 @@ class Item:
                 values[path] = value.item() if is_number else value
         return {path: values[path] for path in targets}
 
-    def open(self, path: KeyPath) -> ts.TensorStore:
-        """Open the array of a leaf, of which parts can be read.
+    def open(self, paths: Iterable[KeyPath]) -> dict[KeyPath, ts.TensorStore]:
+        """Open the arrays of some leaves, of which parts can be read.
 
         Raises:
-            LeafError: it cannot be opened; the error says which leaf it is.
+            LeafError: one cannot be opened; the error says which leaf it is.
         """
-        with _naming(path):
-            return ts.open(self._spec(path), open=True, context=self._context).result()
+        opening = {}
+        for path in paths:
+            with _naming(path):
+                opening[path] = ts.open(self._spec(path), open=True, context=self._context)
+        opened = {}
+        for path, future in opening.items():
+            with _naming(path):
+                opened[path] = future.result()
+        return opened
 
     def key_impl(self, path: KeyPath) -> str | None:
         """Return the kind of random key that a leaf was saved as, `None` if it was none."""

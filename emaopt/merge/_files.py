@@ -45,13 +45,13 @@ class SafetensorsTree:
         }
         self.tree: Tree = nested(self.leaves)
 
-    def chunk(self, name: KeyPath) -> tuple[int, ...]:
-        """Return what is read at once of a tensor: a single number."""
-        return (1,) * len(self.leaves[name].shape)
+    def chunks(self, names: list[KeyPath]) -> dict[KeyPath, tuple[int, ...]]:
+        """Return what is read at once of each tensor: a single number."""
+        return {name: (1,) * len(self.leaves[name].shape) for name in names}
 
-    def start(self, name: KeyPath, index: Index) -> Callable[[], np.ndarray]:
-        """Start to read a block. What is returned waits for it."""
-        return _AHEAD.submit(tensor_part, *self._places[name], index).result
+    def start(self, wanted: list[tuple[KeyPath, Index]]) -> list[Callable[[], np.ndarray]]:
+        """Start to read some blocks. What is returned waits for each."""
+        return [_AHEAD.submit(tensor_part, *self._places[n], index).result for n, index in wanted]
 
     def value(self, name: KeyPath) -> Any:
         """Read a whole tensor."""
@@ -84,14 +84,14 @@ class Tf1Tree:
         }
         self.tree: Tree = nested(self.leaves)
 
-    def chunk(self, name: KeyPath) -> tuple[int, ...]:
-        """Return what is read at once of a variable: all of it."""
-        return self.leaves[name].shape
+    def chunks(self, names: list[KeyPath]) -> dict[KeyPath, tuple[int, ...]]:
+        """Return what is read at once of each variable: all of it."""
+        return {name: self.leaves[name].shape for name in names}
 
-    def start(self, name: KeyPath, index: Index) -> Callable[[], np.ndarray]:
-        """Start to read a block. What is returned waits for it."""
-        reading = _AHEAD.submit(self.value, name)
-        return lambda: reading.result()[index]
+    def start(self, wanted: list[tuple[KeyPath, Index]]) -> list[Callable[[], np.ndarray]]:
+        """Start to read some blocks. What is returned waits for each."""
+        read = lambda name, index: self.value(name)[index]
+        return [_AHEAD.submit(read, name, index).result for name, index in wanted]
 
     def value(self, name: KeyPath) -> Any:
         """Read a whole variable."""

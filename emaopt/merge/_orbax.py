@@ -9,6 +9,7 @@ import numpy as np
 from emaopt._tree.paths import KeyPath, Tree, few, key_paths, printable
 from emaopt.checkpoint._digest import digest_of_block, with_own_digest
 from emaopt.checkpoint._errors import DamagedError, MismatchError, cause
+from emaopt.checkpoint._item import LeafError
 from emaopt.checkpoint._place import DIGESTS, Place, evaluated
 from emaopt.checkpoint._stored import Stored
 from emaopt.checkpoint._trees import logical
@@ -16,6 +17,7 @@ from emaopt.checkpoint._trees import logical
 from ._blocks import Index
 
 
+OPEN_AT_ONCE = 256  # arrays of a checkpoint
 _PARAMS = ("params", "model_params")  # what libraries call the node with the parameters
 _STATE = r"(^|_)opt"  # how the keys of an optimizer's state start
 
@@ -38,25 +40,43 @@ class OrbaxTree:
         self.digests: dict[KeyPath, int] = {}
         self._opened: dict[KeyPath, Any] = {}
 
-    def chunk(self, name: KeyPath) -> tuple[int, ...]:
-        """Return what is read at once of a leaf."""
-        place = self.places[name]
-        if place.then is not None:  # rows that are brought up to date by the times of all rows
-            return tuple(self.leaves[name].shape)
-        return tuple(
-            self._open(place.path).chunk_layout.read_chunk.shape or ()
-        )  # of a scalar, None
+    def chunks(self, names: list[KeyPath]) -> dict[KeyPath, tuple[int, ...]]:
+        """Return what is read at once of each leaf."""
+        own = {name: self.places[name] for name in names}
+        opened = self._open([place.path for place in own.values()])
+        return {
+            # of a lazy average all rows, which the times of all bring up to date
+            name: tuple(self.leaves[name].shape)
+            if place.then is not None
+            # of a scalar, TensorStore says None
+            else tuple(opened[place.path].chunk_layout.read_chunk.shape or ())
+            for name, place in own.items()
+        }
 
-    def start(self, name: KeyPath, index: Index) -> Callable[[], np.ndarray]:
-        """Start to read a block. What is returned waits for it."""
-        place = self.places[name]
+    def start(self, wanted: list[tuple[KeyPath, Index]]) -> list[Callable[[], np.ndarray]]:
+        """Start to read some blocks. What is returned waits for each."""
+        places = [self.places[name] for name, _ in wanted]
+        eager = [place for place in places if place.then is None]
+        opened = self._open([p for x in eager for p in (x.path, x.residue) if p is not None])
+        return [
+            self._start(name, place, index, opened)
+            for (name, index), place in zip(wanted, places, strict=True)
+        ]
+
+    def _start(
+        self, name: KeyPath, place: Place, index: Index, opened: dict[KeyPath, Any]
+    ) -> Callable[[], np.ndarray]:
         if place.then is not None:
             return lambda: np.asarray(self.stored.averages({name: place})[name])[index]
         paths = [path for path in (place.path, place.residue) if path is not None]
-        reading = {path: self._open(path)[index].read() for path in paths}
-        return lambda: np.asarray(
-            evaluated(place, {p: self._end(p, reading, index) for p in paths})
-        )
+        reading = {path: opened[path][index].read() for path in paths}
+        shapes = {path: opened[path].shape for path in paths}
+
+        def wait() -> np.ndarray:
+            values = {path: self._end(path, reading, index, shapes[path]) for path in paths}
+            return np.asarray(evaluated(place, values))
+
+        return wait
 
     def value(self, name: KeyPath) -> Any:
         """Read a whole leaf that may be no array."""
@@ -86,25 +106,33 @@ class OrbaxTree:
                     "its bits are not those that were saved. Leave that step out."
                 )
 
-    def _open(self, path: KeyPath) -> Any:
-        if path not in self._opened:
-            if len(self._opened) >= 64:  # TensorStore keeps some kB for each
-                self._opened.clear()
+    def _open(self, paths: list[KeyPath]) -> dict[KeyPath, Any]:
+        """Open some arrays, or find them open."""
+        new = {path[0]: [] for path in paths if path not in self._opened}
+        for path in dict.fromkeys(paths):
+            if path not in self._opened:
+                new[path[0]].append(path[1:])
+        found = {path: self._opened[path] for path in paths if path in self._opened}
+        for item, own in new.items():
             try:
-                self._opened[path] = self.stored.items[path[0]].open(path[1:])
-            except Exception as error:
-                raise self._unreadable(path, error) from error
-        return self._opened[path]
+                opened = self.stored.items[item].open(own)
+            except LeafError as error:
+                raise self._unreadable((item, *error.path), error) from error
+            found |= {(item, *path): array for path, array in opened.items()}
+        # TensorStore keeps some kB for each
+        self._opened = found if len(self._opened) > OPEN_AT_ONCE else self._opened | found
+        return found
 
-    def _end(self, path: KeyPath, reading: dict[KeyPath, Any], index: Index) -> np.ndarray:
+    def _end(
+        self, path: KeyPath, reading: dict[KeyPath, Any], index: Index, shape: tuple[int, ...]
+    ) -> np.ndarray:
         """Wait for a part of an array, and note its digest."""
         try:
             value = np.asarray(reading.pop(path).result())
         except Exception as error:  # TensorStore's errors have many types
             raise self._unreadable(path, error) from error
         if (path[0],) in self.stored.items.get(DIGESTS, ()):
-            starts = [part.start for part in index]
-            part = digest_of_block(value, starts, self._open(path).shape)
+            part = digest_of_block(value, [part.start for part in index], shape)
             self.digests[path] = self.digests.get(path, 0) + part
         return value
 

@@ -63,7 +63,7 @@ class Plan:
     def write(self, destination: Any, progress: Progress = lambda bytes_: None) -> None:
         """Add up, and write a checkpoint of Orbax with the item `params`, or a `.safetensors` file.
 
-        A block of every leaf is in memory at a time, at most 32 MB in float64 or one chunk of what
+        A block of every leaf is in memory at a time, at most 16 MB in float64 or one chunk of what
         is stored. Of several processes of JAX, each adds up its share of the blocks. The checkpoint
         has digests, as `emaopt.checkpoint.export_averages` writes them, and gets its name when all
         is written.
@@ -131,7 +131,7 @@ class Plan:
             with writing(destination):
                 for wait in waiting:
                     wait()
-                waiting = [writer.put(block, value) for block, value in group]
+                waiting = writer.put(group)
             for block, value in group:
                 start = [part.start for part in block.index]
                 digest[block.name] += digest_of_block(value, start, block.form.shape)

@@ -13,6 +13,7 @@ from ._blocks import ELEMENTS_AT_ONCE, Form, Index, block_shape, blocks, form_of
 from ._find import StoredTree
 
 
+LEAVES_AT_ONCE = 128  # whose chunks are looked at, at the same time
 IN_CACHE = 2**15  # elements that are cast, multiplied and added without leaving the cache
 
 
@@ -57,8 +58,8 @@ class _Read:
     def start(self) -> None:
         """Start to read, unless that is done."""
         if not self._waiting:
-            tree = self.term.tree
-            self._waiting = [tree.start(block.name, block.index) for block in self.group]
+            wanted = [(block.name, block.index) for block in self.group]
+            self._waiting = self.term.tree.start(wanted)
 
     def values(self) -> Iterator[tuple[Block, np.ndarray]]:
         """Yield the blocks as they come. None is kept."""
@@ -105,11 +106,13 @@ def _reads(base: StoredTree, parts: list[Part], process: int, processes: int) ->
 
 
 def _blocks_of(base: StoredTree, leaves: list[KeyPath]) -> Iterator[Block]:
-    for name in leaves:
-        form = form_of(base.leaves[name])
-        shape = block_shape(form, base.chunk(name))
-        for index in blocks(form.shape, shape):
-            yield Block(name, index, form, shape)
+    for start in range(0, len(leaves), LEAVES_AT_ONCE):
+        names = leaves[start : start + LEAVES_AT_ONCE]
+        for name, chunk in base.chunks(names).items():
+            form = form_of(base.leaves[name])
+            shape = block_shape(form, chunk)
+            for index in blocks(form.shape, shape):
+                yield Block(name, index, form, shape)
 
 
 def _groups(of: Iterable[Block]) -> Iterator[list[Block]]:
@@ -183,7 +186,7 @@ def _blame(block: Block, terms: list[Term]) -> None:
     """Raise an error that names the checkpoint which is not finite."""
     leaf = "/".join(block.name)
     for tree, _ in terms:
-        if not np.isfinite(tree.start(block.name, block.index)()).all():
+        if not np.isfinite(tree.start([(block.name, block.index)])[0]()).all():
             raise ValueError(
                 f"{tree.path} is not finite at leaf {leaf!r}. Move that checkpoint to another "
                 "place, or take the later ones alone: --last N"

@@ -6,7 +6,7 @@ rest: the files that say what is in a checkpoint, around arrays of one number, w
 replace.
 """
 
-import logging
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +20,12 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._tree.paths import KeyPath, Tree, key_paths
 from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._errors import cause
+from emaopt.checkpoint._item import METADATA, read_json
 from emaopt.checkpoint._items import checked, inventory
 from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._trees import logical
 
+from ._blocks import form_of
 from ._sum import Block
 
 
@@ -44,20 +46,27 @@ class OrbaxWriter:
 
     def __init__(self, directory: Path, tree: Tree, leaves: dict[KeyPath, Any]):
         self.directory, self.leaves = directory, leaves
+        self.is_alone = jax.process_count() == 1
         self.structure = jax.tree.structure(tree)
         self.on_disk = {logical(path): path for path in key_paths(tree)}
         checked("params", jax.tree.unflatten(self.structure, [leaves[n] for n in self.on_disk]))
         self._stores: dict[KeyPath, Any] = {}
+        # to wait for the disk after each of many files would take most of the time; what a loss of
+        # power leaves is noticed by the digests
+        self._context = ts.Context({"file_io_sync": False})
 
     def start(self, about: dict[str, Any]) -> None:
         """Do nothing: the files that say what is in the checkpoint come last."""
 
-    def put(self, block: Block, value: np.ndarray) -> Callable[[], Any]:
-        """Start to write a block. What is returned waits for it."""
-        if block.name not in self._stores:
-            self._stores.clear()  # blocks come leaf by leaf
-            self._stores[block.name] = self._array(block)
-        return self._stores[block.name][block.index].write(value).result
+    def put(self, group: list[tuple[Block, np.ndarray]]) -> list[Callable[[], Any]]:
+        """Start to write some blocks. What is returned waits for each."""
+        creating = {b.name: self._create(b) for b, _ in group if b.name not in self._stores}
+        # blocks come leaf by leaf: only the last leaf goes on in the next group
+        self._stores |= {name: future.result() for name, future in creating.items()}
+        writes = [self._stores[b.name][b.index].write(value).result for b, value in group]
+        last = group[-1][0].name
+        self._stores = {last: self._stores[last]}
+        return writes
 
     def finish(self, destination: Path, digest: dict[KeyPath, int], about: dict[str, Any]) -> None:
         """Make a checkpoint of what was written, and give it its name.
@@ -67,43 +76,57 @@ class OrbaxWriter:
             digest: The digest of each array by name.
             about: What its metadata says.
         """
-        found = {**digest}
         others = [name for name in self.leaves if name not in digest]
+        found = {**digest}
         if others:
             found |= dict(zip(others, digests([self.leaves[n] for n in others]), strict=False))
         in_order = sorted(self.on_disk, key=lambda name: self.on_disk[name])
         record = with_own_digest(np.asarray([int(found[n]) for n in in_order], np.uint32))
+        self._write_numbers(others)
         small = [
             np.zeros((1,) * len(self.leaves[n].shape), self.leaves[n].dtype)
             if n in digest
             else self.leaves[n]
             for n in self.on_disk
         ]
-        items = {
-            "params": jax.tree.unflatten(self.structure, small),
-            DIGESTS: {"params": np.asarray(record)},
-        }
+        params = jax.tree.unflatten(self.structure, small)
+        items = {"params": params, DIGESTS: {"params": np.asarray(record)}}
         whole = self.directory / WHOLE
         context = ocp.Context()
-        # each array is a directory, which can be replaced, with a file that Orbax looks for
-        context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
-        with context, _silent():
+        context.array.saving.use_zarr3 = False
+        with context:
             ocp.save_checkpointables(whole, items, custom_metadata=inventory(items) | about)
-        arrays = {".".join(self.on_disk[name]) for name in digest}
-        for file in list((whole / "params").iterdir()):
-            if file.name not in arrays:
-                file.rename(self.directory / "params" / file.name)
+        for file in (METADATA, "_strings.json"):
+            if (whole / "params" / file).exists():
+                (whole / "params" / file).rename(self.directory / "params" / file)
+        if not self.is_alone:
+            metadata = self.directory / "params" / METADATA
+            metadata.write_text(json.dumps(read_json(metadata) | {"use_ocdbt": False}))
         (whole / "params").rmtree()
         (self.directory / "params").rename(whole / "params")
         whole.rename(destination)
 
-    def _array(self, block: Block) -> Any:
-        """Create an array on disk, or open it where another process has created it."""
-        where = f"{self.directory}/params/{'.'.join(self.on_disk[block.name])}/"
-        local = {"driver": "file", "path": where}
+    def _write_numbers(self, names: list[KeyPath]) -> None:
+        """Write the numbers that are no arrays. Strings lie in a file of Orbax."""
+        given = {n: np.asarray(x) for n in names if not isinstance(x := self.leaves[n], str)}
+        group = [(Block(n, (), form_of(x), ()), x) for n, x in given.items()]
+        for wait in self.put(group) if group else []:
+            wait()
+
+    def _create(self, block: Block) -> Any:
+        """Start to create an array on disk, or to open what another process has created."""
+        name = ".".join(self.on_disk[block.name])
+        where = f"{self.directory}/params/"
+        is_local = "://" not in where
+        base: Any = {"driver": "file", "path": where} if is_local else where
+        kvstore: Any = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        if not self.is_alone:  # several processes cannot write to one database
+            kvstore = (
+                {"driver": "file", "path": f"{where}{name}/"} if is_local else where + name + "/"
+            )
         spec = {
             "driver": "zarr",
-            "kvstore": where if "://" in where else local,
+            "kvstore": kvstore,
             "dtype": block.form.dtype.name,
             "metadata": {
                 "shape": list(block.form.shape),
@@ -112,7 +135,7 @@ class OrbaxWriter:
             },
             "store_data_equal_to_fill_value": True,
         }
-        return ts.open(spec, create=True, open=True).result()
+        return ts.open(spec, create=True, open=True, context=self._context)
 
 
 @contextmanager
@@ -122,15 +145,3 @@ def writing(destination: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise OSError(f"{destination} cannot be written. {cause(error)}") from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep Orbax from warning that no array is in its database of small files."""
-    logger = logging.getLogger("absl")
-    expected = lambda record: "Skipping merge of OCDBT" not in record.getMessage()
-    logger.addFilter(expected)
-    try:
-        yield
-    finally:
-        logger.removeFilter(expected)

@@ -65,10 +65,11 @@ class SafetensorsWriter:
             file.flush()
             os.posix_fallocate(file.fileno(), self._first, max(1, self._bytes))
 
-    def put(self, block: Block, value: np.ndarray) -> Callable[[], Any]:
-        """Write a block."""
-        self._map(block.name)[block.index] = value
-        return lambda: None
+    def put(self, group: list[tuple[Block, np.ndarray]]) -> list[Callable[[], Any]]:
+        """Write some blocks."""
+        for block, value in group:
+            self._map(block.name)[block.index] = value
+        return []
 
     def finish(self, destination: Path, digest: dict[KeyPath, int], about: dict[str, Any]) -> None:
         """Write the numbers that are no arrays, and give the file its name."""
