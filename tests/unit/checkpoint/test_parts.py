@@ -40,12 +40,13 @@ def test_an_array_is_read_to_where_jax_leaves_it(tmp_path):
     want = {f"w{i}": np.full((300, 70 + i), i, np.float32) for i in range(8)}
     ocp.save(tmp_path / "1", want, checkpointable_name="params")
     item = Item(Path(tmp_path / "1" / "params"))
+    opened = item.open((name,) for name in want)
     for name, value in want.items():
-        values, writing = _into_memory(item.open((name,)))
+        values, writing = _into_memory(opened[name,])
         writing.result()
         np.testing.assert_array_equal(values, value)
         assert jax.device_put(values).unsafe_buffer_pointer() == values.ctypes.data
-        part, writing = _into_memory(item.open((name,))[100:200, 5:9])
+        part, writing = _into_memory(opened[name,][100:200, 5:9])
         writing.result()
         np.testing.assert_array_equal(part, value[100:200, 5:9])
 
