@@ -1,15 +1,12 @@
 """Say what will be added up, and do it."""
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 from etils.epath import Path
-from jax.experimental import multihost_utils
 
 from emaopt._tree.paths import KeyPath
 from emaopt.checkpoint._digest import digest_of_block
@@ -64,7 +61,7 @@ class Plan:
         """Add up, and write a checkpoint of Orbax with the item `params`, or a `.safetensors` file.
 
         A block of every leaf is in memory at a time, at most 16 MB in float64 or one chunk of what
-        is stored. Of several processes of JAX, each adds up its share of the blocks. The checkpoint
+        is stored. The checkpoint
         has digests, as `emaopt.checkpoint.export_averages` writes them, and gets its name when all
         is written.
 
@@ -79,13 +76,18 @@ class Plan:
             DamagedError: Something is not what was saved.
             OSError: The destination cannot be written. It names the cause, such as a full disk.
         """
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"there are {jax.process_count()} processes of JAX, and one adds up. Call it, or "
+                "emaopt merge, in a program of its own, without jax.distributed"
+            )
         destination = Path(destination)
         if destination.exists():
             raise FileExistsError(f"{destination} exists. Remove it or pass another path")
         is_file = destination.suffix == ".safetensors"
         if not is_file:
             check_writable("destination", destination)
-        directory = temporary(destination, int(_all_processes(np.int32(os.getpid()))[0]))
+        directory = temporary(destination)
         others = self.others
         numbers = {
             n: self.base.value(n) for n in others if not hasattr(self.base.leaves[n], "dtype")
@@ -105,12 +107,10 @@ class Plan:
                     remove_unfinished(destination)
                     directory.mkdir(parents=True)
                     writer.start(self.about)
-            _all_processes(np.int32(0))
             digest = self._add_up(writer, destination, parts, progress)
             if jax.process_index() == 0:
                 with writing(destination):
                     writer.finish(destination, digest, self.about)
-            _all_processes(np.int32(0))
         finally:
             if jax.process_index() == 0:
                 remove(directory)
@@ -142,8 +142,7 @@ class Plan:
                 wait()
         read = [(tree, path) for tree in trees for path in sorted(tree.digests)]
         partial = [tree.digests[path] for tree, path in read] + [digest[name] for name in names]
-        total = _all_processes(np.asarray([x % 2**32 for x in partial], np.uint32))
-        total = total.sum(axis=0, dtype=np.uint64).tolist()
+        total = [x % 2**32 for x in partial]
         for tree in trees:
             tree.check({p: x for (t, p), x in zip(read, total, strict=False) if t is tree})
         return {n: x % 2**32 for n, x in zip(names, total[len(read) :], strict=True)}
@@ -160,10 +159,3 @@ class Plan:
                 f"{destination} needs {sum(forms) / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free. "
                 "Pass a path on another disk"
             )
-
-
-def _all_processes(x: Any) -> np.ndarray:
-    """Return an array of every process, [processes, ...]; all have come here then."""
-    if jax.process_count() == 1:
-        return np.asarray(x)[None]
-    return np.asarray(multihost_utils.process_allgather(x))

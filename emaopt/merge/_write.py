@@ -6,7 +6,6 @@ rest: the files that say what is in a checkpoint, around arrays of one number, w
 replace.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._tree.paths import KeyPath, Tree, key_paths
 from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._errors import cause
-from emaopt.checkpoint._item import METADATA, read_json
+from emaopt.checkpoint._item import METADATA
 from emaopt.checkpoint._items import checked, inventory
 from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._trees import logical
@@ -46,7 +45,6 @@ class OrbaxWriter:
 
     def __init__(self, directory: Path, tree: Tree, leaves: dict[KeyPath, Any]):
         self.directory, self.leaves = directory, leaves
-        self.is_alone = jax.process_count() == 1
         self.structure = jax.tree.structure(tree)
         self.on_disk = {logical(path): path for path in key_paths(tree)}
         checked("params", jax.tree.unflatten(self.structure, [leaves[n] for n in self.on_disk]))
@@ -99,9 +97,6 @@ class OrbaxWriter:
         for file in (METADATA, "_strings.json"):
             if (whole / "params" / file).exists():
                 (whole / "params" / file).rename(self.directory / "params" / file)
-        if not self.is_alone:
-            metadata = self.directory / "params" / METADATA
-            metadata.write_text(json.dumps(read_json(metadata) | {"use_ocdbt": False}))
         (whole / "params").rmtree()
         (self.directory / "params").rename(whole / "params")
         whole.rename(destination)
@@ -114,16 +109,12 @@ class OrbaxWriter:
             wait()
 
     def _create(self, block: Block) -> Any:
-        """Start to create an array on disk, or to open what another process has created."""
+        """Start to create an array on disk."""
         name = ".".join(self.on_disk[block.name])
         where = f"{self.directory}/params/"
         is_local = "://" not in where
         base: Any = {"driver": "file", "path": where} if is_local else where
         kvstore: Any = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        if not self.is_alone:  # several processes cannot write to one database
-            kvstore = (
-                {"driver": "file", "path": f"{where}{name}/"} if is_local else where + name + "/"
-            )
         spec = {
             "driver": "zarr",
             "kvstore": kvstore,
