@@ -53,11 +53,6 @@ class SafetensorsTree:
         """Start to read some blocks. What is returned waits for each."""
         return [_AHEAD.submit(tensor_part, *self._places[n], index).result for n, index in wanted]
 
-    def value(self, name: KeyPath) -> Any:
-        """Read a whole tensor."""
-        whole = tuple(slice(0, size) for size in self.leaves[name].shape)
-        return tensor_part(*self._places[name], whole)
-
     def check(self, digests: dict[KeyPath, int]) -> None:
         """Do nothing: there is no digest to compare with."""
 
@@ -90,12 +85,8 @@ class Tf1Tree:
 
     def start(self, wanted: list[tuple[KeyPath, Index]]) -> list[Callable[[], np.ndarray]]:
         """Start to read some blocks. What is returned waits for each."""
-        read = lambda name, index: self.value(name)[index]
+        read = lambda name, index: self._checkpoint.value("/".join(name))[index]
         return [_AHEAD.submit(read, name, index).result for name, index in wanted]
-
-    def value(self, name: KeyPath) -> Any:
-        """Read a whole variable."""
-        return self._checkpoint.value("/".join(name))
 
     def check(self, digests: dict[KeyPath, int]) -> None:
         """Do nothing: TensorFlow compared its checksums."""

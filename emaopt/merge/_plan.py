@@ -1,5 +1,6 @@
 """Say what will be added up, and do it."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from emaopt.checkpoint._unfinished import remove, remove_unfinished, temporary
 
 from ._blocks import form_of
 from ._find import StoredTree
+from ._orbax import OrbaxTree
+from ._processes import gathered, is_first, together
 from ._sum import Part, Term, summed
 from ._write import OrbaxWriter, writing
 from ._write_file import SafetensorsWriter
@@ -61,9 +64,9 @@ class Plan:
         """Add up, and write a checkpoint of Orbax with the item `params`, or a `.safetensors` file.
 
         A block of every leaf is in memory at a time, at most 16 MB in float64 or one chunk of what
-        is stored. The checkpoint
-        has digests, as `emaopt.checkpoint.export_averages` writes them, and gets its name when all
-        is written.
+        is stored. Of several processes of JAX each adds up its share of the blocks; all must call
+        this. The checkpoint has digests, as `emaopt.checkpoint.export_averages` writes them, and
+        gets its name when all is written.
 
         Args:
             destination: The absolute path of the new checkpoint; it ends in `.safetensors`, if it
@@ -75,23 +78,25 @@ class Plan:
             ValueError: Something is not finite, or could not be read back.
             DamagedError: Something is not what was saved.
             OSError: The destination cannot be written. It names the cause, such as a full disk.
+            RuntimeError: Another process raised one of these.
         """
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"there are {jax.process_count()} processes of JAX, and one adds up. Call it, or "
-                "emaopt merge, in a program of its own, without jax.distributed"
-            )
         destination = Path(destination)
         if destination.exists():
             raise FileExistsError(f"{destination} exists. Remove it or pass another path")
         is_file = destination.suffix == ".safetensors"
+        if is_file and jax.process_count() > 1:
+            raise ValueError(
+                f"destination={str(destination)!r} is one file, and there are "
+                f"{jax.process_count()} processes of JAX. Pass a directory, for Orbax"
+            )
         if not is_file:
             check_writable("destination", destination)
-        directory = temporary(destination)
+        directory = temporary(destination, gathered(os.getpid())[0])
         others = self.others
-        numbers = {
-            n: self.base.value(n) for n in others if not hasattr(self.base.leaves[n], "dtype")
-        }
+        numbers: dict[KeyPath, Any] = {}
+        if isinstance(self.base, OrbaxTree):  # the others hold arrays only
+            names = [n for n in others if not hasattr(self.base.leaves[n], "dtype")]
+            numbers = {name: self.base.value(name) for name in names}
         leaves = {**self.base.leaves, **numbers}
         arrays = [name for name in others if name not in numbers]
         parts = [*self.parts, *([Part(arrays, [Term(self.base, None)])] if arrays else [])]
@@ -102,17 +107,16 @@ class Plan:
         )
         self._check_room(destination)
         try:
-            if jax.process_index() == 0:
-                with writing(destination):
+            with together(), writing(destination):
+                if is_first():
                     remove_unfinished(destination)
                     directory.mkdir(parents=True)
                     writer.start(self.about)
             digest = self._add_up(writer, destination, parts, progress)
-            if jax.process_index() == 0:
-                with writing(destination):
-                    writer.finish(destination, digest, self.about)
+            with together(), writing(destination):
+                writer.finish(destination, digest, self.about)
         finally:
-            if jax.process_index() == 0:
+            if is_first():
                 remove(directory)
 
     def _add_up(
@@ -124,10 +128,33 @@ class Plan:
             tree.digests.clear()  # of what another plan of the same run has read
         names = [name for part in parts for name in part.leaves]
         digest = dict.fromkeys(names, 0)
+        with together():
+            self._write_blocks(writer, destination, parts, progress, digest)
+        own = [[[[*path], x % 2**32] for path, x in tree.digests.items()] for tree in trees]
+        read: list[dict[KeyPath, int]] = [{} for _ in trees]
+        total = dict.fromkeys(names, 0)
+        for own_read, own_written in gathered([own, [digest[name] % 2**32 for name in names]]):
+            for of_tree, parts_read in zip(read, own_read, strict=True):
+                for path, x in parts_read:
+                    of_tree[tuple(path)] = of_tree.get(tuple(path), 0) + x
+            for name, x in zip(names, own_written, strict=True):
+                total[name] += x
+        for tree, of_tree in zip(trees, read, strict=True):
+            tree.check(of_tree)
+        return {name: x % 2**32 for name, x in total.items()}
+
+    def _write_blocks(
+        self,
+        writer: Any,
+        destination: Path,
+        parts: list[Part],
+        progress: Progress,
+        digest: dict[KeyPath, int],
+    ) -> None:
+        """Write the blocks of this process, and add what they are to the digest of each array."""
         terms = {name: len(part.terms) for part in parts for name in part.leaves}
         waiting: list[Callable[[], Any]] = []
-        processes = jax.process_index(), jax.process_count()
-        for group in summed(self.base, parts, *processes):
+        for group in summed(self.base, parts, jax.process_index(), jax.process_count()):
             with writing(destination):
                 for wait in waiting:
                     wait()
@@ -140,12 +167,6 @@ class Plan:
         with writing(destination):
             for wait in waiting:
                 wait()
-        read = [(tree, path) for tree in trees for path in sorted(tree.digests)]
-        partial = [tree.digests[path] for tree, path in read] + [digest[name] for name in names]
-        total = [x % 2**32 for x in partial]
-        for tree in trees:
-            tree.check({p: x for (t, p), x in zip(read, total, strict=False) if t is tree})
-        return {n: x % 2**32 for n, x in zip(names, total[len(read) :], strict=True)}
 
     def _check_room(self, destination: Path) -> None:
         """Raise if the disk has less room than the checkpoint takes."""

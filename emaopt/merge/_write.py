@@ -6,6 +6,7 @@ rest: the files that say what is in a checkpoint, around arrays of one number, w
 replace.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +20,13 @@ from orbax.checkpoint import v1 as ocp
 from emaopt._tree.paths import KeyPath, Tree, key_paths
 from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._errors import cause
-from emaopt.checkpoint._item import METADATA
+from emaopt.checkpoint._item import METADATA, read_json
 from emaopt.checkpoint._items import checked, inventory
 from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._trees import logical
 
 from ._blocks import form_of
+from ._processes import is_first
 from ._sum import Block
 
 
@@ -45,6 +47,7 @@ class OrbaxWriter:
 
     def __init__(self, directory: Path, tree: Tree, leaves: dict[KeyPath, Any]):
         self.directory, self.leaves = directory, leaves
+        self.is_alone = jax.process_count() == 1
         self.structure = jax.tree.structure(tree)
         self.on_disk = {logical(path): path for path in key_paths(tree)}
         checked("params", jax.tree.unflatten(self.structure, [leaves[n] for n in self.on_disk]))
@@ -67,7 +70,7 @@ class OrbaxWriter:
         return writes
 
     def finish(self, destination: Path, digest: dict[KeyPath, int], about: dict[str, Any]) -> None:
-        """Make a checkpoint of what was written, and give it its name.
+        """Make a checkpoint of what was written, and give it its name. All processes call this.
 
         Args:
             destination: Where it goes.
@@ -80,7 +83,8 @@ class OrbaxWriter:
             found |= dict(zip(others, digests([self.leaves[n] for n in others]), strict=False))
         in_order = sorted(self.on_disk, key=lambda name: self.on_disk[name])
         record = with_own_digest(np.asarray([int(found[n]) for n in in_order], np.uint32))
-        self._write_numbers(others)
+        if is_first():
+            self._write_numbers(others)
         small = [
             np.zeros((1,) * len(self.leaves[n].shape), self.leaves[n].dtype)
             if n in digest
@@ -94,12 +98,20 @@ class OrbaxWriter:
         context.array.saving.use_zarr3 = False
         with context:
             ocp.save_checkpointables(whole, items, custom_metadata=inventory(items) | about)
+        if is_first():
+            self._exchange(whole / "params")
+            whole.rename(destination)
+
+    def _exchange(self, params: Path) -> None:
+        """Put the arrays in the place of those of one number."""
         for file in (METADATA, "_strings.json"):
-            if (whole / "params" / file).exists():
-                (whole / "params" / file).rename(self.directory / "params" / file)
-        (whole / "params").rmtree()
-        (self.directory / "params").rename(whole / "params")
-        whole.rename(destination)
+            if (params / file).exists():
+                (params / file).rename(self.directory / "params" / file)
+        if not self.is_alone:
+            metadata = self.directory / "params" / METADATA
+            metadata.write_text(json.dumps(read_json(metadata) | {"use_ocdbt": False}))
+        params.rmtree()
+        (self.directory / "params").rename(params)
 
     def _write_numbers(self, names: list[KeyPath]) -> None:
         """Write the numbers that are no arrays. Strings lie in a file of Orbax."""
@@ -109,12 +121,14 @@ class OrbaxWriter:
             wait()
 
     def _create(self, block: Block) -> Any:
-        """Start to create an array on disk."""
+        """Start to create an array on disk, or to open what another process has created."""
         name = ".".join(self.on_disk[block.name])
         where = f"{self.directory}/params/"
         is_local = "://" not in where
         base: Any = {"driver": "file", "path": where} if is_local else where
         kvstore: Any = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        if not self.is_alone:  # several processes cannot write to one database
+            kvstore = {**base, "path": f"{where}{name}/"} if is_local else f"{where}{name}/"
         spec = {
             "driver": "zarr",
             "kvstore": kvstore,

@@ -98,6 +98,8 @@ CASES = [
     ("two", "--threshold 0.5 --window 40", posthoc.window(40, T), TWO, T),
     ("two", "--threshold 0.5 --linear 40", posthoc.window(40, T), TWO, T),
     ("two", "--threshold 0.5 --one-minus-sqrt 80", posthoc.one_minus_sqrt(80, T, EVERY), TWO, T),
+    ("two", "--threshold 0.5 --factors 1,0.5", posthoc.anneal([1.0, 0.5], T, EVERY), TWO, T),
+    ("two", "--threshold 0.5 --mean --last 2", posthoc.window(80, T), TWO, T),
     ("two", "--at 120 --sigma-rel 0.12", posthoc.gamma(0.12), TWO, 120),
     ("two", "--source slow=sigma_rel:0.1 --gamma 6", 6.0, TWO[1:], T),
     ("plain", "--source a=decay:0.9 --source b=decay:0.97 --half-life 12", emaopt.half_life(12),

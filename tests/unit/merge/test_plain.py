@@ -166,6 +166,7 @@ def test_safetensors_files_are_merged(tmp_path):
     for step in STEPS:
         save_file(flat(step), tmp_path / "files" / f"model_{step}.safetensors")
         save_shards(tmp_path / "shards", step)
+    save_file(flat(1), tmp_path / "files" / "best.safetensors")  # it has no step
     for name in ("files", "shards"):
         run = Run.open(tmp_path / name)
         assert run.steps == list(STEPS)

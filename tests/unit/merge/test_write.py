@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import merger
 import numpy as np
 import pytest
+from compare import bitwise
 from orbax.checkpoint import v1 as ocp
+from processes import finish, together
+from trainer import environment
 
 import emaopt
 from emaopt import checkpoint, posthoc
@@ -142,8 +146,39 @@ def test_killed_half_way_it_leaves_nothing_that_looks_finished(tmp_path, capsys)
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    plan = soup([save(tmp_path / "run")])
-    monkeypatch.setattr("emaopt.merge._plan.jax.process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"there are 2 processes of JAX, and one adds up. Call"):
-        plan.write(tmp_path / "out")
+def merge_together(out, *runs):
+    command = [sys.executable, merger.__file__, out, ":".join(map(str, runs))]
+    # Gloo says a line of its own first
+    return [out.splitlines()[-1] for out in finish(together(command, environment(1)), 120)]
+
+
+@pytest.mark.slow
+def test_two_processes_each_add_up_their_share(tmp_path):
+    ones = jnp.ones((1200, 1000))
+    for i in (1, 2):
+        with ocp.training.Checkpointer(tmp_path / str(i)) as checkpointer:
+            params = {"a": [ones, ones, ones, ones], "n": jnp.arange(3), "b": jnp.full(5000, i / 1)}
+            checkpoint.save(checkpointer, 7, params, emaopt.ema(0.9).init(params))
+    bytes_ = [int(out) for out in merge_together(tmp_path / "out", tmp_path / "1", tmp_path / "2")]
+    assert min(bytes_) > sum(bytes_) / 4
+    made = checkpoint.restore_params(tmp_path / "out", like=params)
+    bitwise(made, {**params, "b": jnp.full(5000, 1.5)})
+    bitwise(ocp.load(tmp_path / "out", made, checkpointable_name="params"), made)
+    (kept,) = merge_together(tmp_path / "2" / "7", tmp_path / "1", tmp_path / "2")[:1]
+    assert kept.startswith("FileExistsError: ")
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+    said = merge_together(tmp_path / "out2.safetensors", tmp_path / "1", tmp_path / "2")
+    assert all("is one file, and there are 2 processes of JAX" in each for each in said)
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_finds_stops_both(tmp_path):
+    tree = {f"w{i}": np.full((3000, 1000), float(i), np.float32) for i in range(2)}
+    ocp.save(tmp_path / "1", {"params": tree})
+    tree["w1"][5, 5] = np.nan
+    ocp.save(tmp_path / "2", {"params": tree})
+    said = sorted(merge_together(tmp_path / "out", tmp_path / "1", tmp_path / "2"))
+    assert "RuntimeError: process" in said[0]
+    assert "could not go on. ValueError: " in said[0]
+    assert "2 is not finite at leaf 'w1'" in said[1]
+    assert [path.name for path in tmp_path.glob("out*")] == []
