@@ -53,8 +53,8 @@ FLOORS = {
     "posthoc": "_falls _fit _sum | __init__",
     "tf1": "_rename | _files _leaves | __init__",
     "summary": "_graph _histogram | _writer | __init__",
-    "merge": "_blocks _ledgers | _files _orbax | _averages _find | _sum | _write _write_file"
-    " | _plan | _run | __init__",
+    "merge": "_blocks _ledgers _processes | _files _orbax | _averages _find | _sum"
+    " | _write _write_file | _plan | _run | __init__",
     "_commands": "arguments parser running paths progress digits demo | convert merge | ls diff",
 }
 # jax loads etils itself
