@@ -170,11 +170,10 @@ class Plan:
 
     def _check_room(self, destination: Path) -> None:
         """Raise if the disk has less room than the checkpoint takes."""
-        forms = [form_of(x).nbytes for x in self.base.leaves.values() if hasattr(x, "shape")]
-        above = next((p for p in destination.parents if p.exists()), None)
-        if "://" in str(destination) or above is None:
+        if "://" in str(destination):  # a cloud
             return
-        free = shutil.disk_usage(above).free
+        forms = [form_of(x).nbytes for x in self.base.leaves.values() if hasattr(x, "shape")]
+        free = shutil.disk_usage(next(p for p in destination.parents if p.exists())).free
         if free < sum(forms):
             raise OSError(
                 f"{destination} needs {sum(forms) / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free. "

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 from safetensors.flax import load_file, save_file
 
@@ -65,18 +66,17 @@ def test_a_lazy_average_of_rows_is_brought_up_to_date(tmp_path):
     dense = emaopt.ema(emaopt.power(1))
     params = {"table": jnp.arange(8.0).reshape(4, 2)}
     state, reference = tx.init(params), dense.init(params)
-    with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:
-        for step in range(1, 4):
-            tables = {"table": emaopt.rows(jnp.array([step]))}
-            small, small_state = emaopt.take((params, state), tables)
-            updates = {"table": jnp.ones_like(small["table"])}
-            updates, small_state = tx.update(updates, small_state, small)
-            new = optax.apply_updates(small, updates)
-            after, state = emaopt.put((params, state), (new, small_state), tables)
-            change = {"table": after["table"] - params["table"]}
-            _, reference = dense.update(change, reference, params)
-            params = after
-            checkpoint.save(checkpointer, step, params, state)
+    for step in range(1, 4):
+        tables = {"table": emaopt.rows(jnp.array([step]))}
+        small, small_state = emaopt.take((params, state), tables)
+        updates = {"table": jnp.ones_like(small["table"])}
+        updates, small_state = tx.update(updates, small_state, small)
+        new = optax.apply_updates(small, updates)
+        after, state = emaopt.put((params, state), (new, small_state), tables)
+        change = {"table": after["table"] - params["table"]}
+        _, reference = dense.update(change, reference, params)
+        params = after
+        ocp.save(tmp_path / "run" / str(step), {"params": params, "opt_state": state})
     Run.open(tmp_path / "run").plan(1.0).write(tmp_path / "out")
     made = ocp.load(tmp_path / "out", checkpointable_name="params")
     want = emaopt.average(params, reference)["table"]
@@ -105,3 +105,14 @@ def test_an_average_of_no_parameter_is_an_error(tmp_path):
     ocp.save(tmp_path / "run" / "4", {"params": {"w": jnp.ones(2)}, "opt_state": state})
     with pytest.raises(ValueError, match="has no parameters for the averages of v"):
         Run.open(tmp_path / "run")
+
+
+def test_a_tensor_below_another_one_is_refused(tmp_path):
+    save_file({"a": jnp.ones(2), "a/b": jnp.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a/b lies below another array"):
+        soup([tmp_path / "model.safetensors"])
+
+
+def test_the_room_in_a_cloud_is_not_asked_for(tmp_path):
+    save_file({"a": jnp.ones(2)}, tmp_path / "model.safetensors")
+    soup([tmp_path / "model.safetensors"])._check_room(Path("gs://bucket/merged"))
