@@ -88,6 +88,8 @@ def memory(megabytes, directory):
         shutil.rmtree(run)
         shutil.rmtree(directory / "out")
     return [
+        "# What merging costs",
+        "",
         "## Memory",
         "",
         f"The peak of `emaopt merge RUN --one-minus-sqrt OUT` on {COUNT} checkpoints, above that "
