@@ -68,7 +68,12 @@ def _interrupt_main_thread(interrupt: KeyboardInterrupt) -> None:
     time.sleep(_WAIT)
     if interrupt in _kept:
         _kept.remove(interrupt)
-        _thread.interrupt_main()
+        main = threading.main_thread().ident
+        if main is not None and hasattr(signal, "pthread_kill"):
+            # a real signal: a main thread that sleeps or waits would see the other one afterwards
+            signal.pthread_kill(main, signal.SIGINT)
+        else:  # on Windows
+            _thread.interrupt_main()
 
 
 @contextlib.contextmanager

@@ -346,6 +346,7 @@ def test_watch_raises_a_wrong_template_at_once(run, monkeypatch):
         next(checkpoint.watch(run, {"w": jnp.zeros(4)}, interval=30))
 
 
+@pytest.mark.slow
 def test_watch_raises_damage_that_stays(run):
     (run / "3" / "params" / "_METADATA").write_text("{")
     before = time.monotonic()

@@ -21,6 +21,8 @@ from emaopt.merge._ledgers import Moments, recognize
 from emaopt.posthoc._fit import profile_of
 
 
+pytestmark = pytest.mark.slow  # the runs that all of them merge take seconds
+
 PARAMS = {
     "dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2, jnp.bfloat16)},
     "frozen": jnp.full(2, 7.0),
@@ -107,7 +109,6 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.many(2)
 @pytest.mark.parametrize(("name", "options", "target", "decays", "at"), CASES)
 def test_the_average_is_written_with_the_predicted_error(
     name, options, target, decays, at, runs, tmp_path, capsys

@@ -66,6 +66,7 @@ def test_sums_are_exact_to_the_last_place(dtype, tmp_path):
     assert (off <= eps * np.abs(exact) + float(jnp.finfo(dtype).smallest_subnormal)).all()
 
 
+@pytest.mark.slow
 def test_damage_of_what_was_read_is_named_and_nothing_is_written(tmp_path, monkeypatch):
     tx = emaopt.ema(emaopt.power(1), ledger=True)
     with ocp.training.Checkpointer(tmp_path / "run") as checkpointer:

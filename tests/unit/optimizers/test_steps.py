@@ -427,8 +427,15 @@ def test_an_interrupted_step_is_finished_and_the_next_one_is_not_begun():
 def test_an_interrupt_is_raised_soon_where_there_is_no_next_step(monkeypatch):
     monkeypatch.setattr(interrupts, "_WAIT", 0.05)
     step, params, state = interrupted_step()
+    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         time.sleep(20)
+    assert time.monotonic() - start < 10
+    step(params, state)
+    monkeypatch.delattr(signal, "pthread_kill")
+    step, params, state = interrupted_step()
+    with pytest.raises(KeyboardInterrupt):
+        any(time.sleep(0.05) for _ in range(100))
     step(params, state)
 
 

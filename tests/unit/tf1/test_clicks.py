@@ -127,6 +127,7 @@ def test_what_fits_is_loaded_and_a_new_average_of_rows_starts(run):
     trained(params, opt_state, run, 20, 22)
 
 
+@pytest.mark.slow
 def test_swapped_the_averages_are_up_to_date_under_the_names_of_the_variables(run, tmp_path):
     params, opt_state = trained(
         *tf1.load(RUN / "model.ckpt-20", PARAMS, TX.init(PARAMS)), run, 20, 40
