@@ -65,24 +65,11 @@ def _digest_of(leaf: Any) -> Any:
     return _digest(x)
 
 
-def damaged(recorded: np.ndarray, size: int, leaves: dict[int, Any]) -> list[int] | None:
-    """Return which leaves are not those that were recorded, by position.
-
-    Args:
-        recorded: uint32 [n + 1]: what `digests` returned of all leaves of the item.
-        size: n, the number of leaves that the item has.
-        leaves: some of these leaves, by position.
-
-    Returns:
-        The positions; `None` if the record is itself damaged, or of another item.
-    """
-    recorded = np.asarray(recorded)
+def is_record(recorded: np.ndarray, size: int) -> bool:
+    """Tell whether numbers are what `digests` returned of n leaves, uint32 [n + 1]."""
     if recorded.shape != (size + 1,) or recorded.dtype != np.uint32:
-        return None
-    if not np.array_equal(with_own_digest(recorded[:-1]), recorded):
-        return None
-    now = np.asarray(digests(list(leaves.values())))
-    return [i for i, digest in zip(leaves, now, strict=False) if digest != recorded[i]]
+        return False
+    return np.array_equal(with_own_digest(recorded[:-1]), recorded)
 
 
 @jax.jit

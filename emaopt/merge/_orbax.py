@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 
 from emaopt._tree.paths import KeyPath, Tree, few, key_paths, printable
-from emaopt.checkpoint._digest import digest_of_block, with_own_digest
+from emaopt.checkpoint._digest import digest_of_block
 from emaopt.checkpoint._errors import DamagedError, MismatchError, cause
 from emaopt.checkpoint._item import LeafError
 from emaopt.checkpoint._place import DIGESTS, Place, evaluated
 from emaopt.checkpoint._stored import Stored
 from emaopt.checkpoint._trees import logical
+from emaopt.checkpoint._verify import compare
 
 from ._blocks import Index
 
 
 OPEN_AT_ONCE = 256  # arrays of a checkpoint
 _PARAMS = ("params", "model_params")  # what libraries call the node with the parameters
+_ADVICE = "Leave that step out."  # a sum can do without a damaged checkpoint
 _STATE = r"(^|_)opt"  # how the keys of an optimizer's state start
 
 
@@ -90,21 +92,10 @@ class OrbaxTree:
             digests: The sum of `self.digests` over all processes.
         """
         for item in {path[0] for path in digests}:
-            recorded = np.asarray(self.stored.read([(DIGESTS, item)])[(DIGESTS, item)])
-            paths = sorted(self.stored.items[item])
-            is_whole = recorded.shape == (len(paths) + 1,)
-            if not is_whole or not np.array_equal(with_own_digest(recorded[:-1]), recorded):
-                raise DamagedError(
-                    f"checkpoint {self.path}: the digests of item {item!r} are damaged, or of "
-                    "another item, so its data cannot be trusted. Leave that step out."
-                )
-            read = [(i, (item, *path)) for i, path in enumerate(paths) if (item, *path) in digests]
-            bad = [path for i, path in read if digests[path] % 2**32 != int(recorded[i])]
-            if bad:
-                raise DamagedError(
-                    f"checkpoint {self.path}: {few('/'.join(path) for path in bad)} is damaged: "
-                    "its bits are not those that were saved. Leave that step out."
-                )
+            recorded = self.stored.read([(DIGESTS, item)])[(DIGESTS, item)]
+            now = {path[1:]: x % 2**32 for path, x in digests.items() if path[0] == item}
+            what = f"checkpoint {self.path}: "
+            compare(what, item, recorded, self.stored.items[item].paths, now, _ADVICE)
 
     def _open(self, paths: list[KeyPath]) -> dict[KeyPath, Any]:
         """Open some arrays, or find them open."""
@@ -140,7 +131,7 @@ class OrbaxTree:
         leaf = printable("/".join(filter(None, path)))
         return DamagedError(
             f"checkpoint {self.path}: {leaf} cannot be read, the data is cut off, missing or "
-            f"damaged. {cause(error)} Leave that step out."
+            f"damaged. {cause(error)} {_ADVICE}"
         )
 
 
