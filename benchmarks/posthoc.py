@@ -1,20 +1,13 @@
 """How near averages that are synthesized after training come to those that are computed in it.
 
-    python benchmarks/posthoc.py            # two minutes, and 2 GB of disk for a while
-    python benchmarks/posthoc.py --mb 20
+    python benchmarks/posthoc.py            # two minutes
 
 The relative error of the profiles; the distance of parameters and the accuracy in a real training
-run; the memory that `emaopt merge` takes, beside one snapshot. Writes `results/posthoc.md`.
+run. What it costs on disk is in `merge.py`. Writes `results/posthoc.md`.
 """
 
-import argparse
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from helpers import RESULTS
-from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
 from timing import table
 
 import emaopt
-from emaopt import checkpoint, posthoc
+from emaopt import posthoc
 
 
 TWO = [posthoc.gamma(0.05), posthoc.gamma(0.10)]
@@ -167,59 +159,12 @@ def training():
     ]
 
 
-def memory(megabytes, directory):
-    """The peak of the command, on a run of large parameters and on a small one."""
-    names = ("fast", "slow")
-    averages = [
-        (n, emaopt.ema(emaopt.power(g), ledger=True)) for n, g in zip(names, TWO, strict=True)
-    ]
-    tx = optax.named_chain(*averages)
-    peaks = {}
-    count = 4
-    for name, size in (("small", 1000), ("large", megabytes * 250_000)):
-        params = {f"layer{i:02}": jnp.full((16, size // 512), float(i)) for i in range(32)}
-        state = tx.init(params)
-        step = jax.jit(lambda p, s: (p, tx.update(jax.tree.map(jnp.zeros_like, p), s, p)[1]))
-        with ocp.training.Checkpointer(directory / name) as checkpointer:
-            for t in range(1, count + 1):
-                params, state = step(params, state)
-                checkpoint.save(checkpointer, t, params, state, name="fast")
-        del params, state
-        # not ru_maxrss, which begins with what this process uses
-        code = (
-            "import re, sys;"
-            "from emaopt.__main__ import main; main(sys.argv[1:]);"
-            "peak = re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1];"
-            "print(int(peak) * 1024)"
-        )
-        arguments = ["merge", directory / name, "--gamma", "9", directory / f"{name}-out"]
-        command = [sys.executable, "-c", code, *map(str, arguments), "--threshold", "1"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        peaks[name] = int(done.stdout.splitlines()[-1])
-    used, one = (peaks["large"] - peaks["small"]) / 1e6, megabytes
-    return [
-        "",
-        "## Memory of the command",
-        "",
-        f"`emaopt merge` on {count} checkpoints of two averages and the raw parameters, "
-        f"{one} MB each ({3 * count * one / 1000:.1f} GB in all): {used:.0f} MB more than on a run "
-        f"of 4 kB, {used / one:.2f} times the parameters.",
-    ]
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mb", type=int, default=160)
-    parser.add_argument("--tmp", type=Path, default=Path(tempfile.gettempdir()))
-    args = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(dir=args.tmp))
-    try:
-        lines = [*profile_errors(), *training(), *memory(args.mb, directory)]
-    finally:
-        shutil.rmtree(directory)
-    text = "\n".join(["# Averages that are chosen after training", "", *lines]) + "\n"
+    text = "\n".join(
+        ["# Averages that are chosen after training", "", *profile_errors(), *training()]
+    )
     print(text)
-    (RESULTS / "posthoc.md").write_text(text)
+    (RESULTS / "posthoc.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":
