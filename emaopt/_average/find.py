@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from emaopt._tree.checks import shown
-from emaopt._tree.devices import beside, in_memory, stay
+from emaopt._tree.devices import beside, in_memory, is_deleted, stay
 from emaopt._tree.leaves import by_path, from_paths
 from emaopt._tree.numbers import is_concrete
 from emaopt._tree.paths import KeyPath, Params, State, Tree, key_name
@@ -274,7 +274,7 @@ def _match_unswapped(params: Tree, opt_state: Tree, name: str | None) -> Match:
     matched = match(params, opt_state, name)
     for path, stored in matched.stored.items():
         x = stored.shadow
-        if isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted():
+        if is_deleted(x):
             raise RuntimeError(
                 f"opt_state has a deleted array in the average of {'/'.join(path)!r}: a step that "
                 "donates its arguments took over its memory. Pass the state that the step "

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from emaopt._tree.checks import describe
+from emaopt._tree.devices import is_deleted
 from emaopt._tree.leaves import apply_update, leaves, tree_map, zip_leaves
-from emaopt._tree.numbers import is_concrete, is_inexact
+from emaopt._tree.numbers import is_inexact
 from emaopt._tree.paths import Params, State, Tree, leaf_names
 
 from .interrupts import flat, keep_interrupt, raise_interrupt, unflat
@@ -322,7 +323,7 @@ def _explain_deleted(error: Exception, **trees: Tree) -> None:
     """Raise an error that says why an array is deleted, if one is."""
     for name, tree in trees.items():
         for leaf, x in zip(leaf_names(tree), leaves(tree), strict=True):
-            if isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted():
+            if is_deleted(x):
                 raise RuntimeError(
                     f"{name} has a deleted array at leaf {leaf!r}: a step took over its memory. "
                     "Pass what that step returned, `params, opt_state, value = "

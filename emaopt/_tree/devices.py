@@ -31,3 +31,8 @@ def in_memory(x, space: Any = jax.memory.Space.Device):
 def stay(before, after):
     """Return a new leaf in the memory of the old one, which may be the memory of the host."""
     return in_memory(after, jax.typeof(before).memory_space)
+
+
+def is_deleted(x: Any) -> bool:
+    """Return whether a step that donates its arguments has taken over the memory of an array."""
+    return isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted()

@@ -170,3 +170,20 @@ def key_name(key) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def nested(leaves: dict[KeyPath, Any]) -> Tree:
+    """Return nested dicts of leaves, by their key paths.
+
+    Raises:
+        ValueError: one path is the start of another one.
+    """
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{'/'.join(path)} lies below another array. Rename one of them")
+        node[path[-1]] = leaf
+    return tree

@@ -6,8 +6,6 @@ byte of each tensor. https://github.com/huggingface/safetensors describes the fo
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -41,50 +39,34 @@ class Tensor(NamedTuple):
     start: int
 
 
-def tensor_texts(path: Path) -> dict[str, str]:
-    """Read the metadata that a file holds beside its tensors.
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Read the header: every tensor, by name. No value is read."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the header: every tensor, by name, and the metadata beside them.
 
     Raises:
         ValueError: the file is damaged.
     """
-    with _naming(path), path.open("rb") as file:
-        length = _length(path, file)
-        return json.loads(file.read(length)).get("__metadata__") or {}
-
-
-def tensors(path: Path) -> dict[str, Tensor]:
-    """Read the header: every tensor, by name. No value is read."""
-    with _naming(path):
-        return _header(path)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say which file it was. A header may be no JSON, or not of this form: many types of errors."""
     try:
-        yield
-    except Exception as error:
+        return _header(path)
+    except Exception as error:  # a header that is no JSON, or not of this form: many types
         raise ValueError(
             f"{path} is damaged, or no .safetensors file ({type(error).__name__}: {error}). Pass "
             "another file"
         ) from error
 
 
-def _length(path: Path, file: Any) -> int:
-    """Read the length of the header."""
-    size = os.path.getsize(path)
-    length = int.from_bytes(file.read(8), "little")
-    if length > size:
-        raise ValueError(f"a header of {length} bytes in {size}")
-    return length
-
-
-def _header(path: Path) -> dict[str, Tensor]:
+def _header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = os.path.getsize(path)
     with path.open("rb") as file:
-        length = _length(path, file)
+        length = int.from_bytes(file.read(8), "little")
+        if length > size:
+            raise ValueError(f"a header of {length} bytes in {size}")
         header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    texts = header.pop("__metadata__", None) or {}
     found = {}
     for name, about in sorted(header.items()):
         tensor = Tensor(
@@ -95,7 +77,7 @@ def _header(path: Path) -> dict[str, Tensor]:
         if tensor.start + tensor.dtype.itemsize * np.prod(tensor.shape, dtype=object) > size:
             raise ValueError(f"{name} is cut off")
         found[name] = tensor
-    return found
+    return found, texts
 
 
 def tensor_value(path: Path, tensor: Tensor) -> np.ndarray:

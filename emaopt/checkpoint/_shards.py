@@ -21,11 +21,11 @@ from ._digest import digests
 from ._errors import DamagedError, MismatchError, missing, saving, shortened
 from ._item import read_json
 from ._leaf import are_floating, differs, like_leaf, target_of
-from ._safetensors import Tensor, tensor_part, tensor_texts, tensor_value, tensors
+from ._safetensors import Tensor, read_header, tensor_part, tensor_value
 from ._trees import named_leaves
 
 
-INDEX = ".safetensors.index.json"
+INDEX = ".safetensors.index.json"  # the end of the name of an index
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -145,6 +145,11 @@ def is_tensors(path: Any) -> bool:
     return str(path).endswith((".safetensors", INDEX))
 
 
+def files_in(index: Path) -> list[Path]:
+    """Read the index of a model in several files: which files these are."""
+    return sorted({index.parent / file for file in read_json(index)["weight_map"].values()})
+
+
 def load_tensors(path: Path, like: Tree, cast: bool) -> Tree:
     """Load averages from a `.safetensors` file or from those of an index: `restore_averages`.
 
@@ -184,21 +189,21 @@ def _found(path: Path) -> tuple[dict[str, tuple[Path, Tensor]], dict[str, int]]:
     """Return where each tensor is, by our name, and the digests that were recorded."""
     index = Path(str(path).removesuffix(".safetensors") + INDEX)
     index = path if str(path).endswith(INDEX) else index
-    files = {path}
+    files = [path]
     if path == index or not path.exists():
         if not index.exists():
             raise FileNotFoundError(f"path={str(path)!r} is not there. Pass a file or its index.")
         try:
-            files = {index.parent / file for file in read_json(index)["weight_map"].values()}
+            files = files_in(index)
         except Exception as error:
             raise DamagedError(f"{index} is damaged, or no index ({error}).") from error
     found: dict[str, tuple[Path, Tensor]] = {}
     recorded: dict[str, int] = {}
-    for file in sorted(files):
+    for file in files:
         try:
-            texts = tensor_texts(file)
+            inside, texts = read_header(file)
             ours = json.loads(texts.get("names", "{}"))
-            found |= {ours.get(name, name): (file, x) for name, x in tensors(file).items()}
+            found |= {ours.get(name, name): (file, x) for name, x in inside.items()}
             told = json.loads(texts.get("digests", "{}"))
             recorded |= {ours.get(name, name): digest for name, digest in told.items()}
         except (ValueError, OSError) as error:

@@ -10,15 +10,14 @@ from etils.epath import Path
 
 from emaopt._names import role
 from emaopt._tree.checks import written_names
-from emaopt._tree.paths import KeyPath, Tree
-from emaopt.checkpoint._item import read_json
+from emaopt._tree.paths import KeyPath, Tree, nested
 from emaopt.checkpoint._safetensors import Tensor, tensor_part, tensors
+from emaopt.checkpoint._shards import INDEX, files_in
 from emaopt.tf1._files import Checkpoint
 
 from ._blocks import Index
 
 
-INDEX = "*.safetensors.index.json"  # names the shard of each tensor
 _AHEAD = ThreadPoolExecutor(1)  # reads a block while another one is added up
 
 
@@ -43,7 +42,7 @@ class SafetensorsTree:
             name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
             for name, (_, tensor) in self._places.items()
         }
-        self.tree: Tree = nested(self.leaves)
+        self.tree: Tree = _nested(self.leaves)
 
     def chunks(self, names: list[KeyPath]) -> dict[KeyPath, tuple[int, ...]]:
         """Return what is read at once of each tensor: a single number."""
@@ -77,7 +76,7 @@ class Tf1Tree:
             for name, (shape, dtype) in stored.items()
             if role(name, stored)[0] == "variable" and dtype.kind != "O"
         }
-        self.tree: Tree = nested(self.leaves)
+        self.tree: Tree = _nested(self.leaves)
 
     def chunks(self, names: list[KeyPath]) -> dict[KeyPath, tuple[int, ...]]:
         """Return what is read at once of each variable: all of it."""
@@ -100,27 +99,15 @@ def shards(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    for index in sorted(path.glob(INDEX)):
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        if lost := [name for name in names if not (path / name).exists()]:
+    for index in sorted(path.glob(f"*{INDEX}")):
+        files = files_in(index)
+        if lost := [file.name for file in files if not file.exists()]:
             raise ValueError(f"{index} names {', '.join(lost)}, which is missing. Copy all shards")
-        return [path / name for name in names]
+        return files
     return sorted(path.glob("*.safetensors"))
 
 
-def nested(leaves: dict[KeyPath, Any]) -> Tree:
-    """Return nested dicts of leaves, by their key paths.
-
-    Raises:
-        ValueError: A name is also the start of another one.
-    """
+def _nested(leaves: dict[KeyPath, Any]) -> Tree:
+    """Return nested dicts of leaves, whose names are refused if two are written alike."""
     written_names(leaves, leaves.values())
-    tree: Tree = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{'/'.join(path)} lies below another array. Rename one of them")
-        node[path[-1]] = leaf
-    return tree
+    return nested(leaves)

@@ -8,9 +8,10 @@ from etils.epath import Path
 
 from emaopt._tree.paths import few
 from emaopt.checkpoint._run import finished_steps, locate, pick
+from emaopt.checkpoint._shards import INDEX
 from emaopt.checkpoint._stored import Stored
 
-from ._files import INDEX, SafetensorsTree, Tf1Tree
+from ._files import SafetensorsTree, Tf1Tree
 from ._orbax import OrbaxTree, plain_parameters
 
 
@@ -39,7 +40,7 @@ def checkpoints(run: Path) -> Found:
         return Found(ORBAX, found)
     inside = sorted(run.iterdir()) if run.is_dir() else []
     files = {p: p.name.removesuffix(".safetensors") for p in inside if _has_tensors(p)}
-    if not any(run.glob(INDEX)) and (found := _numbered(run, files)):
+    if not any(run.glob(f"*{INDEX}")) and (found := _numbered(run, files)):
         return Found(SAFETENSORS, found)
     indices = [path for path in inside if path.name.endswith(".index")]
     prefixes = {path.parent / path.name.removesuffix(".index"): path.stem for path in indices}

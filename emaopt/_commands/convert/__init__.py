@@ -13,7 +13,7 @@ if it had not been.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ from emaopt._commands.paths import (
 )
 from emaopt._commands.progress import watched
 from emaopt._names import AVERAGE
-from emaopt._tree.paths import KeyPath, Tree
+from emaopt._tree.paths import KeyPath, nested
 from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._items import checked, inventory
 from emaopt.checkpoint._leaf import parts, shape, size
@@ -85,7 +85,7 @@ def _to_orbax(source: Path, destination: Path, form: Form) -> None:
     if strings := [name for name in places if checkpoint.stored[name][1].kind == "O"]:
         raise ValueError(f"{source} holds strings, which Orbax cannot save: {', '.join(strings)}")
     abstract = {name: jax.ShapeDtypeStruct(*checkpoint.stored[name]) for name in places}
-    for item, tree in _items(abstract, places):
+    for item, tree in nested({places[name]: x for name, x in abstract.items()}).items():
         checked(item, tree)
     parts_in = temporary(destination)
     found: dict[KeyPath, Any] = {}
@@ -121,7 +121,7 @@ def _writing(destination: Path) -> Iterator[None]:
 def _save(directory: Path, values: dict[str, Any], places: dict[str, KeyPath]) -> None:
     """Save some variables."""
     with _without_copies():
-        for item, tree in _items(values, places):
+        for item, tree in nested({places[name]: x for name, x in values.items()}).items():
             ocp.partial.save(directory / item, tree)
 
 
@@ -131,17 +131,6 @@ def _without_copies() -> ocp.Context:
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
     return context
-
-
-def _items(values: dict[str, Any], places: dict[str, KeyPath]) -> Iterable[tuple[str, Tree]]:
-    """Return the values as nested dicts, by item."""
-    items: dict[str, Any] = {}
-    for name, value in values.items():
-        node = items
-        for key in places[name][:-1]:
-            node = node.setdefault(key, {})
-        node[places[name][-1]] = value
-    return items.items()
 
 
 def _assemble(directory: Path, found: dict[str, Any]) -> None:

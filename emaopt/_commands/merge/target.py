@@ -105,7 +105,7 @@ def target_of(
         return Target("mean", window, last, every) if window or last or every else None
     ((name, value),) = wanted.items()
     if name in DECAYS or name == "factors":
-        if window or (last and name == "factors") or (last and name in DECAYS):
+        if window or last:
             raise ValueError(
                 f"{_flag(name)} says itself how long it is. Leave out --window, --last"
             )
