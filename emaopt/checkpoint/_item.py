@@ -80,9 +80,6 @@ class Item:
     def __contains__(self, path: object) -> bool:
         return path in self._kinds
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def forms(self, paths: Iterable[KeyPath]) -> dict[KeyPath, Any]:
         """Return some leaves without their values; only their metadata is read.
 
