@@ -17,14 +17,6 @@ def ctrl_c(*_):
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Raise `KeyboardInterrupt` at Ctrl-C: a shell that starts pytest with `&` has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def ring():
     """Make a Ctrl-C come after some seconds, wherever the program is then."""
