@@ -16,9 +16,9 @@ import numpy as np
 
 from emaopt._names import AVERAGE, origin
 from emaopt._tree.checks import describe
-from emaopt._tree.numbers import dtype_of, is_inexact
+from emaopt._tree.leaves import parts
+from emaopt._tree.numbers import bytes_of, dtype_of, is_inexact
 from emaopt._tree.paths import KeyPath, printable
-from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._safetensors import tensor_value, tensors
@@ -152,13 +152,13 @@ def show(found: Difference, a: str, b: str | None, as_json: bool) -> None:
 
 def _of_tf1(path: Path) -> Side:
     checkpoint = Checkpoint(path)
-    sizes = {name: size(*about) for name, about in sorted(checkpoint.stored.items())}
+    sizes = {name: bytes_of(*about) for name, about in sorted(checkpoint.stored.items())}
     return Side(sizes, lambda names: {name: checkpoint.value(name) for name in names})
 
 
 def _of_safetensors(path: Path) -> Side:
     found = tensors(path)
-    sizes = {name: size(tensor.shape, tensor.dtype) for name, tensor in found.items()}
+    sizes = {name: bytes_of(tensor.shape, tensor.dtype) for name, tensor in found.items()}
     return Side(sizes, lambda names: {n: tensor_value(path, found[n]) for n in names})
 
 
@@ -191,7 +191,7 @@ def _in_orbax(
         return found
 
     leaves = {name: stored.leaf(path) for name, path in at.items()}
-    return Side({name: size(shape(x), dtype_of(x)) for name, x in leaves.items()}, read)
+    return Side({name: bytes_of(np.shape(x), dtype_of(x)) for name, x in leaves.items()}, read)
 
 
 def _renamed(path: Path) -> Side:

@@ -10,10 +10,11 @@ import shutil
 import sys
 from typing import NamedTuple
 
+import numpy as np
+
 from emaopt._names import role
-from emaopt._tree.numbers import dtype_of
+from emaopt._tree.numbers import bytes_of, dtype_of
 from emaopt._tree.paths import printable
-from emaopt.checkpoint._leaf import shape, size
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._safetensors import tensors
 from emaopt.checkpoint._stored import Stored
@@ -72,14 +73,16 @@ def command(checkpoint: str, averages: bool = False, as_json: bool = False) -> N
 def rows_of_tf1(path: paths.Path) -> list[Row]:
     """Return the variables of a checkpoint of TF1, by name."""
     paths.load_tensorflow()
-    return [Row(v.name, v.shape, v.dtype, v.role, size(v.shape, v.dtype)) for v in inspect(path)]
+    return [
+        Row(v.name, v.shape, v.dtype, v.role, bytes_of(v.shape, v.dtype)) for v in inspect(path)
+    ]
 
 
 def rows_of_safetensors(path: paths.Path) -> list[Row]:
     """Return the tensors of a `.safetensors` file, by name."""
     found = tensors(path)
     return [
-        Row(name, x.shape, str(x.dtype), role(name, found)[0], size(x.shape, x.dtype))
+        Row(name, x.shape, str(x.dtype), role(name, found)[0], bytes_of(x.shape, x.dtype))
         for name, x in found.items()
     ]
 
@@ -93,8 +96,8 @@ def rows_of_orbax(stored: Stored) -> list[Row]:
     for path, name in names.items():
         what = role(path[-1], known)[0] if path[:2] == (ITEM, OTHER) else contents.role(path)
         leaf = stored.leaf(path)
-        dtype = str(dtype_of(leaf))
-        rows.append(Row(name, tuple(shape(leaf)), dtype, what, size(shape(leaf), dtype)))
+        shape, dtype = np.shape(leaf), str(dtype_of(leaf))
+        rows.append(Row(name, shape, dtype, what, bytes_of(shape, dtype)))
     return sorted(rows)
 
 

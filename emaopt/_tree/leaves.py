@@ -1,7 +1,7 @@
 """Map over the leaves of several trees side by side. `None` is an absent leaf and stays absent."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -83,6 +83,22 @@ def map_leaves(f: Callable, results: int, **trees: Tree) -> tuple[Tree, ...]:
     names = leaf_names(next(iter(trees.values())))
     found = [f(name, *row) for name, row in zip(names, rows, strict=True)]
     return tuple(treedef.unflatten(row[i] for row in found) for i in range(results))
+
+
+def parts(sizes: dict[Any, int], at_once: int) -> Iterator[list[Any]]:
+    """Yield the keys in groups of so many bytes, to be read or written one after the other.
+
+    >>> list(parts({"a": 3, "b": 3, "c": 9, "d": 1}, 6))
+    [['a', 'b'], ['c'], ['d']]
+    """
+    part, used = [], 0
+    for key, bytes_ in sizes.items():
+        if part and used + bytes_ > at_once:
+            yield part
+            part, used = [], 0
+        part.append(key)
+        used += bytes_
+    yield part
 
 
 def _mismatch(first: str, tree: Tree, name: str, other: Tree, error: Exception) -> str:

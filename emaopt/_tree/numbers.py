@@ -1,5 +1,6 @@
 """Choose dtypes. State is never narrower than float32 unless the user asks: see `wide`."""
 
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,11 @@ def wide(dtype: Any) -> np.dtype:
     """Return the dtype of state and arithmetic for values of `dtype`: float32 or wider."""
     enough = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
     return jnp.dtype(dtype if enough else jnp.float32)
+
+
+def bytes_of(shape: tuple[int, ...], dtype: Any) -> int:
+    """Return the bytes of the values; of strings, only their number is known."""
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
 def real_dtype(dtype: Any) -> np.dtype:

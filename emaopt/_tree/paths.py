@@ -87,6 +87,11 @@ def _is_named_as_array(kind: type, key: Any) -> bool:
     return hasattr(kind, "unbox") or (hasattr(kind, "shape") and hasattr(kind, "dtype"))
 
 
+def logical(path: KeyPath) -> KeyPath:
+    """Return a key path without the `value` that a box around an array puts at its end."""
+    return path[:-1] if path[-1:] == ("value",) else path
+
+
 def shared_paths(tree: Tree) -> list[list[KeyPath]]:
     """Return the key paths of every NNX Variable that stands in several places: tied weights."""
     places: dict[int, list[KeyPath]] = {}

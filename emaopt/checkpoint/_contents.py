@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
 
-from emaopt._tree.paths import KeyPath, called, few
+from emaopt._tree.paths import KeyPath, called, few, logical
 
 from ._errors import MismatchError
 from ._place import (
@@ -31,7 +31,6 @@ from ._place import (
     leaves_of,
     shared_start,
 )
-from ._trees import logical
 
 
 class Contents:

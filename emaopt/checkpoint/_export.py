@@ -10,11 +10,11 @@ from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
 from emaopt._tree.checks import check_unique, did_you_mean, written_names
+from emaopt._tree.numbers import bytes_of
 from emaopt._tree.paths import KeyPath, Tree, few
 
 from ._errors import MismatchError, saving
 from ._items import checked, inventory, with_digests
-from ._leaf import size
 from ._place import EXPORTED, STAMP, UNTOLD, is_in
 from ._run import check_writable, locate
 from ._shards import as_bytes, write_shards
@@ -131,7 +131,7 @@ def _write_tensors(
 
 def _bytes_of(form: Any) -> int:
     form = form if hasattr(form, "dtype") else np.asarray(form)
-    return size(form.shape, form.dtype)
+    return bytes_of(form.shape, form.dtype)
 
 
 def _renamed(rename: Rename | None, forms: dict[str, Any]) -> dict[str, str]:

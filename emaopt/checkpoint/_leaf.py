@@ -1,7 +1,5 @@
 """Convert a leaf as it is stored to the shape and the dtype that are asked for."""
 
-import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -174,20 +172,3 @@ def _is_storable(dtype: np.dtype) -> bool:
     """Return whether TensorStore has such numbers."""
     is_number = dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
     return is_number and dtype.isnative and dtype not in (np.longdouble, np.clongdouble)
-
-
-def size(shape: tuple[int, ...], dtype: Any) -> int:
-    """Return the bytes of the values; of strings, only their number is known."""
-    return math.prod(shape) * jnp.dtype(dtype).itemsize
-
-
-def parts(sizes: dict[Any, int], at_once: int) -> Iterator[list[Any]]:
-    """Yield the keys in groups of so many bytes, to be read one after the other."""
-    part, used = [], 0
-    for key, bytes_ in sizes.items():
-        if part and used + bytes_ > at_once:
-            yield part
-            part, used = [], 0
-        part.append(key)
-        used += bytes_
-    yield part

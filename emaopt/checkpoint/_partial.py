@@ -15,14 +15,14 @@ from emaopt._average.ema import SwappedEmaState
 from emaopt._average.find import average_paths, averages
 from emaopt._tree.checks import check_array, describe
 from emaopt._tree.numbers import is_inexact, wide
-from emaopt._tree.paths import KeyPath, Tree, few
+from emaopt._tree.paths import KeyPath, Tree, few, logical
 
 from ._contents import Contents
 from ._errors import MismatchError, missing
 from ._leaf import differs, same_kind, shape
 from ._place import LEDGER, RESIDUE, ROWS, SHADOW, STEP, Average, Place
 from ._stored import Stored
-from ._trees import leaves_by_path, logical, named_leaves
+from ._trees import leaves_by_path, named_leaves
 
 
 ABSENT = "is not in the checkpoint"

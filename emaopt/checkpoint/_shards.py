@@ -15,6 +15,7 @@ import numpy as np
 from etils.epath import Path
 
 from emaopt._tree.checks import check_array
+from emaopt._tree.leaves import parts
 from emaopt._tree.paths import Tree, few
 
 from ._digest import digests
@@ -58,11 +59,11 @@ def write_shards(
         most: the most bytes of a file.
         texts: the metadata of each file.
     """
-    parts = _parts(sizes, most)
+    groups = list(parts(sizes, most))
     stem = str(destination).removesuffix(".safetensors")
     index = Path(stem + INDEX)
-    files = [Path(f"{stem}-{i + 1:05}-of-{len(parts):05}.safetensors") for i in range(len(parts))]
-    files = [destination] if len(parts) == 1 else files
+    files = [Path(f"{stem}-{i + 1:05}-of-{len(groups):05}.safetensors") for i in range(len(groups))]
+    files = [destination] if len(groups) == 1 else files
     for path in (index, *files):
         if path.exists():
             raise FileExistsError(f"destination={path} exists. Remove it or pass another path.")
@@ -70,7 +71,7 @@ def write_shards(
     texts = {key: x if isinstance(x, str) else json.dumps(x) for key, x in texts.items()}
     written: list[Path] = []
     try:
-        for file, part in zip(files, parts, strict=True):
+        for file, part in zip(files, groups, strict=True):
             arrays = values(part)
             found = np.asarray(digests([arrays[own] for own in part]))
             own = {
@@ -83,10 +84,10 @@ def write_shards(
             with saving(f"destination={destination}"):
                 _whole(file, lambda path, n=named, t=texts | own: save_file(n, path, t))
             written.append(file)
-        if len(parts) > 1:
+        if len(groups) > 1:
             of = {
                 theirs[own]: file.name
-                for file, part in zip(files, parts, strict=True)
+                for file, part in zip(files, groups, strict=True)
                 for own in part
             }
             about = {"metadata": {"total_size": sum(sizes.values()), **texts}, "weight_map": of}
@@ -107,19 +108,6 @@ def _writer(destination: Path) -> Callable[..., None]:
             f"destination={destination} needs the package safetensors: pip install safetensors"
         ) from error
     return save_file
-
-
-def _parts(sizes: dict[str, int], most: int) -> list[list[str]]:
-    """Return the tensors of each file, in order."""
-    parts: list[list[str]] = [[]]
-    used = 0
-    for own, bytes_ in sizes.items():
-        if parts[-1] and used + bytes_ > most:
-            parts.append([])
-            used = 0
-        parts[-1].append(own)
-        used += bytes_
-    return parts
 
 
 def _in_a_row(x: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from etils.epath import Path
 
 from emaopt._tree.checks import check_array
-from emaopt._tree.paths import KeyPath, Tree, printable
+from emaopt._tree.paths import KeyPath, Tree, logical, printable
 
 from ._contents import Contents
 from ._errors import DamagedError, MismatchError, cause, missing, shortened
@@ -21,7 +21,7 @@ from ._item import METADATA, Item, LeafError, read_json
 from ._leaf import HOST, Target, are_floating, differs, is_key, like_leaf, target_of
 from ._place import DIGESTS, SHADOW, STAMP, UNTOLD, Place, by_item, evaluated
 from ._run import FINISHED, is_finished
-from ._trees import leaves_by_path, logical, merged, named_leaves
+from ._trees import leaves_by_path, merged, named_leaves
 from ._verify import verify
 
 

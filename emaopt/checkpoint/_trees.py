@@ -6,17 +6,12 @@ from typing import Any
 import jax
 
 from emaopt._tree.leaves import by_path
-from emaopt._tree.paths import KeyPath, Tree, key_name, key_paths
+from emaopt._tree.paths import KeyPath, Tree, key_name, key_paths, logical
 
 
 def leaves_by_path(tree: Tree) -> dict[KeyPath, Any]:
     """Return the leaves by their key path on disk, in flattening order."""
     return dict(zip(key_paths(tree), jax.tree.leaves(tree), strict=True))
-
-
-def logical(path: KeyPath) -> KeyPath:
-    """Return a key path without the `value` that a box around an array puts at its end."""
-    return path[:-1] if path[-1:] == ("value",) else path
 
 
 def merged(a: Tree, b: Tree) -> Tree:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from emaopt._tree.paths import KeyPath, Tree, few, key_paths, printable
+from emaopt._tree.paths import KeyPath, Tree, few, key_paths, logical, printable
+from emaopt.checkpoint import DamagedError, MismatchError
 from emaopt.checkpoint._digest import digest_of_block
-from emaopt.checkpoint._errors import DamagedError, MismatchError, cause
+from emaopt.checkpoint._errors import cause
 from emaopt.checkpoint._item import LeafError
 from emaopt.checkpoint._place import DIGESTS, Place, evaluated
 from emaopt.checkpoint._stored import Stored
-from emaopt.checkpoint._trees import logical
 from emaopt.checkpoint._verify import compare
 
 from ._blocks import Index

@@ -17,13 +17,12 @@ import tensorstore as ts
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
-from emaopt._tree.paths import KeyPath, Tree, key_paths
+from emaopt._tree.paths import KeyPath, Tree, key_paths, logical
 from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._errors import cause
 from emaopt.checkpoint._item import METADATA, read_json
 from emaopt.checkpoint._items import checked, inventory
 from emaopt.checkpoint._place import DIGESTS
-from emaopt.checkpoint._trees import logical
 
 from ._blocks import form_of
 from ._processes import is_first

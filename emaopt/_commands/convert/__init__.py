@@ -34,10 +34,11 @@ from emaopt._commands.paths import (
 )
 from emaopt._commands.progress import watched
 from emaopt._names import AVERAGE
+from emaopt._tree.leaves import parts
+from emaopt._tree.numbers import bytes_of
 from emaopt._tree.paths import KeyPath, nested
 from emaopt.checkpoint._digest import digests, with_own_digest
 from emaopt.checkpoint._items import checked, inventory
-from emaopt.checkpoint._leaf import parts, shape, size
 from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._run import check_writable, locate
 from emaopt.checkpoint._stored import Stored
@@ -90,7 +91,7 @@ def _to_orbax(source: Path, destination: Path, form: Form) -> None:
     parts_in = temporary(destination)
     found: dict[KeyPath, Any] = {}
     try:
-        for part in _parts({name: size(*checkpoint.stored[name]) for name in places}):
+        for part in _parts({name: bytes_of(*checkpoint.stored[name]) for name in places}):
             values = {name: checkpoint.value(name) for name in part}
             with _writing(destination):
                 _save(parts_in, values, places)
@@ -153,7 +154,10 @@ def _to_tf1(source: Path, destination: Path, form: Form) -> None:
     if not variables:
         raise ValueError(f"{source} holds no arrays")
     _check_one_step(stored, steps)
-    sizes = {n: size(shape(stored.leaf(v.path)), v.dtype) for n, v in sorted(variables.items())}
+    sizes = {
+        name: bytes_of(np.shape(stored.leaf(variable.path)), variable.dtype)
+        for name, variable in sorted(variables.items())
+    }
     groups = ({name: variables[name] for name in part} for part in _parts(sizes))
     write(destination, (_read(stored, group) for group in groups))
 

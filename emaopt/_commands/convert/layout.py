@@ -14,7 +14,6 @@ from emaopt._optimizers.builder import OptimizerState
 from emaopt._tree.checks import DEEPEST
 from emaopt._tree.numbers import dtype_of, wide
 from emaopt._tree.paths import KeyPath, Tree
-from emaopt.checkpoint._leaf import shape
 from emaopt.checkpoint._place import DIGESTS, SHADOW, STEP, SWAPPED
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._rename import name_of_average
@@ -238,7 +237,7 @@ def _names_of_states(stored: Stored, params: set[KeyPath]) -> Iterator[tuple[str
             if item == DIGESTS or path in params or isinstance(leaf, str):
                 tokens.append(None)
                 continue
-            tokens.append(jax.ShapeDtypeStruct(shape(leaf), dtype_of(leaf)))
+            tokens.append(jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)))
             paths[id(tokens[-1])] = path
         trees[item] = _states(jax.tree.unflatten(jax.tree.structure(tree), tokens))
     named = zip(jax.tree.leaves(names(trees)), jax.tree.leaves(trees), strict=True)
