@@ -109,7 +109,7 @@ def add_ls(commands: argparse._SubParsersAction) -> None:
         commands,
         "ls",
         "emaopt._commands.ls:command",
-        help="list what is in a checkpoint of TF1 or Orbax, or in a .safetensors file",
+        help="list what is in a checkpoint of TF1 or Orbax, or in .safetensors files",
         description=(
             "List the leaves of a checkpoint: name, shape, dtype and bytes, in groups that\n"
             "say what they are: variables, averages, slots of an optimizer, raw parameters.\n"
@@ -128,7 +128,8 @@ def add_ls(commands: argparse._SubParsersAction) -> None:
             "checkpoint",
             metavar="CHECKPOINT",
             help="a directory of Orbax: a run or one checkpoint; a prefix of TF1, such as "
-            "model.ckpt-20, or its directory; a .safetensors file",
+            "model.ckpt-20, or its directory; a .safetensors file, the index of several, or their "
+            "directory",
         )
     )
     ls.add_argument("--averages", action="store_true", help="list the averages only")

@@ -16,7 +16,7 @@ from emaopt._names import role
 from emaopt._tree.numbers import bytes_of, dtype_of
 from emaopt._tree.paths import printable
 from emaopt.checkpoint._run import locate
-from emaopt.checkpoint._safetensors import tensors
+from emaopt.checkpoint._shards import newest_tensors, tensors_in
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1 import inspect
 
@@ -50,6 +50,7 @@ def command(checkpoint: str, averages: bool = False, as_json: bool = False) -> N
     if place.format == paths.TF1:
         rows = rows_of_tf1(path)
     elif place.format == paths.SAFETENSORS:
+        path = newest_tensors(path)
         rows = rows_of_safetensors(path)
     else:
         path = locate(path, None)
@@ -79,11 +80,11 @@ def rows_of_tf1(path: paths.Path) -> list[Row]:
 
 
 def rows_of_safetensors(path: paths.Path) -> list[Row]:
-    """Return the tensors of a `.safetensors` file, by name."""
-    found = tensors(path)
+    """Return the tensors of a `.safetensors` file, or of several that are one model, by name."""
+    found = tensors_in(path)
     return [
         Row(name, x.shape, str(x.dtype), role(name, found)[0], bytes_of(x.shape, x.dtype))
-        for name, x in found.items()
+        for name, (_, x) in found.items()
     ]
 
 

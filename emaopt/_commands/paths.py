@@ -13,6 +13,7 @@ from etils.epath import Path
 from emaopt._extras import require
 from emaopt._tree.paths import KeyPath, printable
 from emaopt.checkpoint._run import FINISHED, finished_steps
+from emaopt.checkpoint._shards import holds_tensors, tensor_steps
 from emaopt.checkpoint._unfinished import (
     remove as remove_whole,
     remove_unfinished,
@@ -67,9 +68,11 @@ def _near(path: Path) -> Place:
         there = f". {path.parent} has {', '.join(known)}" if known else ""
         raise FileNotFoundError(f"{path} does not exist{there}")
     below = [child for child in sorted(path.iterdir()) if child.is_dir() and _format(child)]
+    if below and all(map(holds_tensors, below)) and tensor_steps(path):
+        return Place(path, SAFETENSORS)
     if not below:
         raise ValueError(
-            f"{path} holds no finished checkpoint, neither of Orbax nor of TF1. Pass a run, one "
+            f"{path} holds no finished checkpoint of Orbax, TF1 or safetensors. Pass a run, one "
             "checkpoint, or a prefix such as model.ckpt-20"
         )
     if len(below) > 1:
@@ -88,8 +91,10 @@ def _format(path: Path) -> str | None:
         files = (path / "checkpoint").exists() or any(
             file.name.endswith(".index") for file in path.iterdir()
         )
-        return TF1 if files else None
-    if path.suffix == ".safetensors" and path.exists():
+        if files:
+            return TF1
+        return SAFETENSORS if holds_tensors(path) else None
+    if holds_tensors(path):
         return SAFETENSORS
     return TF1 if path.exists() or Path(f"{path}.index").exists() else None
 

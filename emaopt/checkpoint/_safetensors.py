@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
+from ._errors import DamagedError
+
 
 DTYPES = {
     "BOOL": "bool",
@@ -39,27 +41,29 @@ class Tensor(NamedTuple):
     start: int
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
-    """Read the header: every tensor, by name. No value is read."""
-    return read_header(path)[0]
+class Header(NamedTuple):
+    """Hold what is in a file: every tensor by name, and the texts of its metadata."""
+
+    tensors: dict[str, Tensor]
+    texts: dict[str, str]
 
 
-def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the header: every tensor, by name, and the metadata beside them.
+def read_header(path: Path) -> Header:
+    """Read the header of a file. No value is read.
 
     Raises:
-        ValueError: the file is damaged.
+        DamagedError: the file is missing, cut off, or its header does not fit.
     """
     try:
         return _header(path)
     except Exception as error:  # a header that is no JSON, or not of this form: many types
-        raise ValueError(
+        raise DamagedError(
             f"{path} is damaged, or no .safetensors file ({type(error).__name__}: {error}). Pass "
             "another file"
         ) from error
 
 
-def _header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _header(path: Path) -> Header:
     size = os.path.getsize(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -67,17 +71,24 @@ def _header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"a header of {length} bytes in {size}")
         header: dict[str, Any] = json.loads(file.read(length))
     texts = header.pop("__metadata__", None) or {}
+    spans = sorted((*map(int, about["data_offsets"]), name) for name, about in header.items())
     found = {}
-    for name, about in sorted(header.items()):
-        tensor = Tensor(
-            tuple(map(int, about["shape"])),
-            jnp.dtype(DTYPES[about["dtype"]]),
-            8 + length + int(about["data_offsets"][0]),
-        )
-        if tensor.start + tensor.dtype.itemsize * np.prod(tensor.shape, dtype=object) > size:
+    before = 0
+    for begin, end, name in spans:
+        code, shape = header[name]["dtype"], tuple(map(int, header[name]["shape"]))
+        if code not in DTYPES:
+            raise ValueError(f"{name} has the dtype {code}, which is not known")
+        dtype = jnp.dtype(DTYPES[code])
+        if begin != before or end - begin != dtype.itemsize * np.prod(shape, dtype=object):
+            raise ValueError(
+                f"{name} is {dtype}{list(shape)}, and its bytes are {begin} to {end}; those before "
+                f"it end at {before}"
+            )
+        if 8 + length + end > size:
             raise ValueError(f"{name} is cut off")
-        found[name] = tensor
-    return found, texts
+        found[name] = Tensor(shape, dtype, 8 + length + begin)
+        before = end
+    return Header(dict(sorted(found.items())), texts)
 
 
 def tensor_value(path: Path, tensor: Tensor) -> np.ndarray:

@@ -11,8 +11,8 @@ from etils.epath import Path
 from emaopt._names import role
 from emaopt._tree.checks import written_names
 from emaopt._tree.paths import KeyPath, Tree, nested
-from emaopt.checkpoint._safetensors import Tensor, tensor_part, tensors
-from emaopt.checkpoint._shards import INDEX, files_in
+from emaopt.checkpoint._safetensors import tensor_part
+from emaopt.checkpoint._shards import tensors_in
 from emaopt.tf1._files import Checkpoint
 
 from ._blocks import Index
@@ -34,10 +34,7 @@ class SafetensorsTree:
     def __init__(self, path: Path):
         self.path = path
         self.digests: dict[KeyPath, int] = {}
-        self._places: dict[KeyPath, tuple[Path, Tensor]] = {}
-        for file in shards(path):
-            for name, tensor in tensors(file).items():
-                self._places[tuple(name.split("/"))] = file, tensor
+        self._places = {tuple(name.split("/")): place for name, place in tensors_in(path).items()}
         self.leaves = {
             name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
             for name, (_, tensor) in self._places.items()
@@ -89,22 +86,6 @@ class Tf1Tree:
 
     def check(self, digests: dict[KeyPath, int]) -> None:
         """Do nothing: TensorFlow compared its checksums."""
-
-
-def shards(path: Path) -> list[Path]:
-    """Return the `.safetensors` files of a checkpoint: itself, or those in a directory.
-
-    Raises:
-        ValueError: A shard that the index names is missing.
-    """
-    if not path.is_dir():
-        return [path]
-    for index in sorted(path.glob(f"*{INDEX}")):
-        files = files_in(index)
-        if lost := [file.name for file in files if not file.exists()]:
-            raise ValueError(f"{index} names {', '.join(lost)}, which is missing. Copy all shards")
-        return files
-    return sorted(path.glob("*.safetensors"))
 
 
 def _nested(leaves: dict[KeyPath, Any]) -> Tree:

@@ -1,14 +1,13 @@
 """Find the checkpoints of a run, of any format, and the parameters in them."""
 
-import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from etils.epath import Path
 
 from emaopt._tree.paths import few
-from emaopt.checkpoint._run import finished_steps, locate, pick
-from emaopt.checkpoint._shards import INDEX
+from emaopt.checkpoint._run import finished_steps, locate, numbered, pick
+from emaopt.checkpoint._shards import holds_tensors, tensor_steps
 from emaopt.checkpoint._stored import Stored
 
 from ._files import SafetensorsTree, Tf1Tree
@@ -38,50 +37,24 @@ def checkpoints(run: Path) -> Found:
     """
     if found := finished_steps(run):
         return Found(ORBAX, found)
-    inside = sorted(run.iterdir()) if run.is_dir() else []
-    files = {p: p.name.removesuffix(".safetensors") for p in inside if _has_tensors(p)}
-    if not any(run.glob(f"*{INDEX}")) and (found := _numbered(run, files)):
+    if found := tensor_steps(run):
         return Found(SAFETENSORS, found)
-    indices = [path for path in inside if path.name.endswith(".index")]
+    indices = sorted(run.glob("*.index")) if run.is_dir() else []
     prefixes = {path.parent / path.name.removesuffix(".index"): path.stem for path in indices}
-    return Found(TF1, _numbered(run, prefixes))
-
-
-def _has_tensors(path: Path) -> bool:
-    """Tell whether a path is a `.safetensors` file or a directory of them."""
-    if path.is_dir():
-        return any(path.glob("*.safetensors"))
-    return path.suffix == ".safetensors"
-
-
-def _numbered(run: Path, names: dict[Path, str]) -> dict[int, Path]:
-    """Return those paths whose names end in a number, by the number."""
-    steps: dict[int, Path] = {}
-    for path, name in names.items():
-        found = re.search(r"([0-9]+)$", name)
-        if not found or re.search(r"-of-[0-9]+$", name):
-            continue
-        step = int(found[1])
-        if step in steps:
-            raise ValueError(
-                f"{run} has step {step} twice: {steps[step].name!r} and {path.name!r}. Move one "
-                "to another place"
-            )
-        steps[step] = path
-    return steps
+    return Found(TF1, numbered(run, prefixes))
 
 
 def newest(path: Path, at: int | None) -> tuple[str, Path]:
     """Find one checkpoint: the path itself, or that of a step of a run; by default its newest."""
     if at is None:
-        if path.suffix == ".safetensors" and path.exists():
+        if not path.is_dir() and holds_tensors(path):
             return SAFETENSORS, path
         if Path(f"{path}.index").exists():
             return TF1, path
     found = checkpoints(path)
     if found.steps:
         return found.format, pick(found.steps, at, path)
-    if at is None and path.is_dir() and any(path.glob("*.safetensors")):
+    if at is None and path.is_dir() and holds_tensors(path):
         return SAFETENSORS, path
     return ORBAX, locate(path, at)
 

@@ -46,8 +46,8 @@ FLOORS = {
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
-    "checkpoint": "_errors _leaf _digest _place _run _safetensors _trees _unfinished"
-    " | _contents _item _verify | _stored _items _shards | _write"
+    "checkpoint": "_errors _leaf _digest _place _run _trees _unfinished"
+    " | _contents _item _safetensors _verify | _stored _items _shards | _write"
     " | _partial _export _snapshot _watch | _resume | _managers | __init__",
     "presets": "_common | _tensorflow _pytorch _trainers _jax | __init__",
     "posthoc": "_falls _fit _sum | __init__",

@@ -68,7 +68,7 @@ def convert(
     """
     here, there = find(source), absolute(destination)
     if here.format == SAFETENSORS:
-        raise ValueError(f"{here.path} is a .safetensors file. Pass a checkpoint of TF1 or Orbax")
+        raise ValueError(f"{here.path} is of .safetensors. Pass a checkpoint of TF1 or Orbax")
     form = Form(averages, swapped, average_name)
     check_new(there)
     load_tensorflow()

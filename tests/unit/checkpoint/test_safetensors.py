@@ -10,7 +10,7 @@ import pytest
 from compare import bitwise
 from orbax.checkpoint import v1 as ocp
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from train import train
 
 import emaopt
@@ -125,8 +125,6 @@ def test_more_bytes_are_several_files_with_an_index(run, tmp_path):
 
 
 def test_a_failure_in_a_later_file_leaves_nothing(run, tmp_path, monkeypatch):
-    from safetensors.numpy import save_file
-
     def failing(arrays, path, about):
         if "conv/kernel" in arrays:
             raise OSError(28, "No space left on device")
@@ -197,6 +195,9 @@ def test_a_file_or_an_index_that_is_none(tmp_path):
     (tmp_path / "a.safetensors.index.json").write_text("{}")
     with pytest.raises(checkpoint.DamagedError, match=r"index.json is damaged, or no index"):
         checkpoint.restore_averages(tmp_path / "a.safetensors", PARAMS)
+    save_file({"bias": np.ones(4, np.float32)}, tmp_path / "b.safetensors", {"names": "{"})
+    with pytest.raises(checkpoint.DamagedError, match=r"b.safetensors has damaged metadata"):
+        checkpoint.restore_averages(tmp_path / "b.safetensors", PARAMS)
 
 
 @pytest.mark.parametrize(

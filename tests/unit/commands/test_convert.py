@@ -282,7 +282,7 @@ def test_a_large_checkpoint_is_written_in_parts(tmp_path, monkeypatch, capsys):
         ("convert {orbax}/adam new/m.data-00000-of-00001", "ends like a file of a checkpoint"),
         ("convert {orbax}/adam new/[1]/m", "takes that for a pattern and could not read"),
         ("convert golden new/[1]", "/new/[1]' has a *, ? or [ in it. Orbax takes that for"),
-        ("convert tensors.safetensors new", "/tensors.safetensors is a .safetensors file. Pass"),
+        ("convert tensors.safetensors new", "/tensors.safetensors is of .safetensors. Pass"),
         ("convert {orbax}/adam file/model.ckpt-20", "/file/model.ckpt-20 cannot be written: "),
         ("convert --averages no_average new", "SOURCE has no averages named Exponen"),
         ("convert --swapped no_average new", "another --average-name, or leave out --averages"),

@@ -326,6 +326,13 @@ def test_a_safetensors_file_is_compared_by_its_names(tmp_path, capsys):
     code, _, leaves = in_json(capsys, tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert code == 1
     assert {name: leaf["max_abs"] for name, leaf in leaves.items()} == {"conv": 0, "bias": 2}
+    for name, tensor in tree.items():
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        save_file({name: tensor}, tmp_path / "shards" / f"{name}.safetensors")
+    assert called(capsys, tmp_path / "a.safetensors", tmp_path / "shards") == (
+        0,
+        "2 leaves, all equal\n",
+    )
     with pytest.raises(SystemExit, match="2"):
         main(["diff", str(tmp_path / "a.safetensors")])
     assert "holds no average to compare" in capsys.readouterr().err

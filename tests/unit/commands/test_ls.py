@@ -174,6 +174,85 @@ def test_a_safetensors_file_is_read(tmp_path, capsys):
     }
 
 
+def save_shards(directory):
+    """A model in two files, with an index."""
+    save_file = pytest.importorskip("safetensors.flax").save_file
+    directory.mkdir(parents=True)
+    files = {x: f"model-0000{i}-of-00002.safetensors" for i, x in enumerate("wv", 1)}
+    for name, file in files.items():
+        save_file({name: jnp.ones((2, 3))}, directory / file)
+    index = {"metadata": {}, "weight_map": files}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/model.safetensors.index.json", "/model.safetensors", "/..", "no index"]
+)
+def test_a_model_in_several_files_is_listed_as_one(path, tmp_path, capsys):
+    model = save_shards(tmp_path / "run" / "checkpoint-20")
+    if path == "no index":
+        (model / "model.safetensors.index.json").unlink()
+        path = ""
+    shown, leaves = listed(capsys, f"{model}{path}")
+    assert leaves.keys() == {"w", "v"}
+    assert shown["bytes"] == 48
+
+
+def test_of_a_run_of_safetensors_the_newest_is_listed(tmp_path, capsys):
+    save_file = pytest.importorskip("safetensors.flax").save_file
+    for step in (9, 10):
+        save_shards(tmp_path / "run" / f"checkpoint-{step}")
+        save_file({"w": jnp.ones(step)}, tmp_path / f"model_{step}.safetensors")
+    shown, _ = listed(capsys, tmp_path / "run")
+    assert shown["checkpoint"] == f"{tmp_path}/run/checkpoint-10"
+    shown, leaves = listed(capsys, tmp_path)
+    assert shown["checkpoint"] == f"{tmp_path}/model_10.safetensors"
+    assert leaves["w"]["shape"] == [10]
+
+
+def rewrite(file, old, new):
+    """Change a text in the header of a file, whose length stays."""
+    assert len(old) == len(new)
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new))
+
+
+DAMAGES = {
+    "lacks model-00001-of-00002.safetensors. Copy all": lambda d, w: w.unlink(),
+    "00001-of-00002.safetensors is damaged, or no .saf": lambda d, w: w.write_bytes(b"1"),
+    "w is cut off": lambda d, w: w.write_bytes(w.read_bytes()[:-4]),
+    "w is float32[2, 3], and its bytes are 4 to 24; those before it end at 0": (
+        lambda d, w: rewrite(w, b'"data_offsets":[0,24]', b'"data_offsets":[4,24]')
+    ),
+    "w is float32[2, 4], and its bytes are 0 to 24": lambda d, w: rewrite(w, b"[2,3]", b"[2,4]"),
+    "w has the dtype F99, which is not known": lambda d, w: rewrite(w, b'"F32"', b'"F99"'),
+    "00001-of-00002.safetensors lacks w, which the index": lambda d, w: rewrite(w, b'"w"', b'"u"'),
+    "v is in {w} and in model-00002-of-00002.safetensors.": lambda d, w: w.write_bytes(
+        (d / "model-00002-of-00002.safetensors").read_bytes()
+    ),
+    "json is damaged, or no index ('weight_map')": (
+        lambda d, w: (d / "model.safetensors.index.json").write_text("{}")
+    ),
+    "has several models. Pass one of": lambda d, w: (d / "b.safetensors.index.json").write_text(""),
+}
+
+
+@pytest.mark.parametrize("told", DAMAGES)
+def test_damage_of_one_of_several_files_is_one_line(told, tmp_path, capsys):
+    directory = save_shards(tmp_path / "model")
+    first = directory / "model-00001-of-00002.safetensors"
+    if told.startswith("v is in"):
+        (directory / "model.safetensors.index.json").unlink()
+    DAMAGES[told](directory, first)
+    for command in ("ls", "diff"):
+        with pytest.raises(SystemExit, match="2"):
+            main([command, str(directory), *[str(directory)] * (command == "diff")])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told.format(w=first) in line
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -250,7 +329,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(orbax):
         ("nowhere", "nowhere does not exist"),
         ("golden/model.ckpt-21", "/golden/model.ckpt-21 does not exist"),
         ("golden/model.ckpt-21", "golden has checkpoint, model.ckpt-20.data-00000-of-00001, m"),
-        ("empty", "/empty holds no finished checkpoint, neither of Orbax nor of TF1"),
+        ("empty", "/empty holds no finished checkpoint of Orbax, TF1 or safetensors"),
         pytest.param("file", "/file' is not a checkpoint of TF1", marks=tensorflow),
     ],
 )
