@@ -18,7 +18,10 @@ from emaopt._tree.devices import in_memory
 
 
 ELEMENTS_AT_ONCE = 2**22  # of an array on the host, copied to a device
-BLOCK = 2**18  # elements that a CPU mixes before it adds them up: they stay in its cache
+BLOCK = (
+    2**10
+)  # elements that a CPU mixes at once: from 2**12, XLA of jax 0.10 starts threads for it
+LARGE = 2**16  # elements of an array that is worth a loop over blocks
 COLLECTIVES_AT_ONCE = 8  # sharded leaves whose digests are computed at the same time, on CPU
 
 
@@ -58,7 +61,7 @@ def _digest_of(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array):
         return _digest_in_parts(leaf)
     x = _hashable(leaf)
-    is_large = BLOCK < x.size < 2**31  # positions in it are int32
+    is_large = LARGE < x.size < 2**31  # positions in it are int32
     devices = leaf.sharding.device_set
     if is_large and len(devices) == 1 and next(iter(devices)).platform == "cpu":
         return _digest_in_blocks(x, BLOCK)
@@ -103,32 +106,39 @@ def _digest_in_parts(leaf: Any) -> np.ndarray:
 
 @jax.jit
 def _digest(x, start=0) -> jax.Array:
+    return jnp.sum(_mixed(x, start), dtype=jnp.uint32)
+
+
+def _mixed(x, start) -> jax.Array:
+    """Return what each word of an array adds to its digest; the first one is at `start`."""
     words = _words(x)
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         step = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         position = position * np.uint32(size % 2**32) + step
-    position = position + start
-    return jnp.sum(_mix(words + position * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
+    return _mix(words + (position + start) * np.uint32(0x9E3779B9))
 
 
 @partial(jax.jit, static_argnums=1)
 def _digest_in_blocks(x: jax.Array, size: int) -> jax.Array:
     """Return the digest of a large array on a CPU.
 
-    XLA on CPU does not mix and add up in one pass: it stores the mixed words of the whole array. To
-    get that memory from the system takes longer than to mix. A block's words stay in the cache.
+    XLA on CPU does not mix and add up in one pass: it stores the mixed words of the whole array, in
+    memory that it gets from the system. So all blocks are added to one block of sums, word by word,
+    which is one pass at the speed of memory. A sum over each block would be a second pass.
     """
     flat = x.reshape(-1)
     whole, words = x.size // size, _words(flat[:1]).size
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        block = jax.lax.dynamic_slice(flat, (i * size,), (size,))
-        return total + _digest(block, (i * size).astype(jnp.uint32) * np.uint32(words))
+    def mixed(start: Any, elements: int) -> jax.Array:
+        block = jax.lax.dynamic_slice(flat, (start,), (elements,))
+        return _mixed(block, jnp.asarray(start).astype(jnp.uint32) * np.uint32(words))
 
-    total = jax.lax.fori_loop(0, whole, add, jnp.uint32(0))
-    rest = flat[whole * size :]
-    return total + _digest(rest, np.uint32(whole * size * words % 2**32)) if rest.size else total
+    sums = jnp.zeros_like(mixed(0, size))
+    sums = jax.lax.fori_loop(0, whole, lambda i, sums: sums + mixed(i * size, size), sums)
+    total = jnp.sum(sums, dtype=jnp.uint32)
+    rest = x.size - whole * size
+    return total + jnp.sum(mixed(whole * size, rest), dtype=jnp.uint32) if rest else total
 
 
 def _words(x) -> jax.Array:

@@ -90,12 +90,13 @@ def test_the_digest_in_blocks_is_that_of_the_whole(name, size, monkeypatch):
     leaf = leaf.reshape(3, 4) if size == 12 else leaf
     want = digests([leaf])
     monkeypatch.setattr("emaopt.checkpoint._digest.BLOCK", 4)
+    monkeypatch.setattr("emaopt.checkpoint._digest.LARGE", 4)
     assert np.array_equal(digests([leaf]), want)
 
 
 def test_the_digest_of_a_large_array_takes_little_memory():
     compiled = _digest_in_blocks.lower(jnp.zeros((2048, 1024)), BLOCK).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**21
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**16
 
 
 def test_the_digest_sees_a_swap_of_two_elements():
