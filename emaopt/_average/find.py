@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from emaopt._tree.checks import shown
-from emaopt._tree.devices import beside, in_memory, is_deleted, stay
+from emaopt._tree.devices import beside, in_memory, refuse_deleted, stay
 from emaopt._tree.leaves import by_path, from_paths
 from emaopt._tree.numbers import is_concrete
 from emaopt._tree.paths import KeyPath, Params, State, Tree, key_name
@@ -47,6 +48,9 @@ def averages(opt_state: Tree) -> dict[str, EmaState]:
     chain: dict keys and positions on the way, joined with a slash. The fields of wrappers
     (`inner_state`) are left out, unless two names would be the same. An average that stands alone
     is named "ema".
+
+    The arrays are those of the state itself: a later step that donates the state deletes them. To
+    keep averages, use `average`.
 
     >>> import emaopt, optax
     >>> tx = optax.named_chain(("fast", emaopt.ema(0.9)), ("slow", emaopt.ema(0.99)))
@@ -273,22 +277,24 @@ def _match_unswapped(params: Tree, opt_state: Tree, name: str | None) -> Match:
         )
     matched = match(params, opt_state, name)
     for path, stored in matched.stored.items():
-        x = stored.shadow
-        if is_deleted(x):
-            raise RuntimeError(
-                f"opt_state has a deleted array in the average of {'/'.join(path)!r}: a step that "
-                "donates its arguments took over its memory. Pass the state that the step "
-                "returned. If Ctrl-C came before that was assigned, resume from a checkpoint, and "
-                "put `with emaopt.uninterrupted():` around the step."
-            )
+        name = "/".join(path)
+        refuse_deleted(f"opt_state has a deleted array in the average of {name!r}", stored.shadow)
+        if stored.shadow is None:
+            refuse_deleted(f"params has a deleted array at leaf {name!r}", matched.leaves[path])
     return matched
 
 
 def _owned(p: Any, stored: Stored) -> Any:
-    """Return one leaf of the averages: a copy, where it is an array that a step may donate."""
+    """Return one leaf of the averages: a copy of an array that is in params or in the state.
+
+    A step may donate it, and a NumPy array may be changed in place.
+    """
     x = _value(p, stored)
-    is_theirs = x is p or x is stored.shadow
-    return jnp.copy(x) if is_theirs and isinstance(x, jax.Array) and is_concrete(x) else x
+    if x is not p and x is not stored.shadow:
+        return x
+    if isinstance(x, np.ndarray):
+        return x.copy()
+    return jnp.copy(x) if isinstance(x, jax.Array) and is_concrete(x) else x
 
 
 def _value(p: Any, stored: Stored) -> Any:

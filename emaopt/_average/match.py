@@ -109,11 +109,12 @@ def match(params: Tree, opt_state: Tree, name: str | None) -> Match:
     nodes = _nodes(leaves)
     opt_state = _brought_up_to_date(leaves, nodes, opt_state)
     chosen = choose(opt_state, name)
+    others = [average.path for average in find(opt_state).values()]
     stored: dict[KeyPath, Stored] = {}
     parts = []
     for average in chosen.values():
         part = _part_of(average, leaves, nodes)
-        if part is None:
+        if part is None or _may_be_beside(part, average, leaves, nodes, others):
             raise ValueError(_no_part(average, nodes, leaves))
         residues = by_path(average.state.residue)
         for below, shadow in by_path(average.state.shadow).items():
@@ -232,6 +233,35 @@ def _part_of(average: Found, leaves: dict[KeyPath, Any], nodes: set[KeyPath]) ->
     if averaged <= leaves.keys():
         return ()
     return None
+
+
+def _may_be_beside(
+    part: KeyPath,
+    average: Found,
+    leaves: dict[KeyPath, Any],
+    nodes: set[KeyPath],
+    others: list[KeyPath],
+) -> bool:
+    """Return whether an average may be of another network in the list than the one found.
+
+    The position by which the part was found may be that of the average in its chain. It is that of
+    the network where every network of its shapes has an average. `others`: their paths.
+    """
+    if part != average.path or not part[-1:] or not part[-1].isdecimal():
+        return False
+    shapes = {
+        path: np.shape(x) for path, x in by_path(average.state.shadow).items() if x is not None
+    }
+    beside = [node for node in nodes if node[:-1] == part[:-1] and len(node) == len(part)]
+    alike = [
+        node
+        for node in beside
+        if all(
+            (*node, *path) in leaves and np.shape(leaves[*node, *path]) == shape
+            for path, shape in shapes.items()
+        )
+    ]
+    return not all(called("/".join(node), others) for node in alike)
 
 
 def _masked_out(shadow: Tree) -> set[KeyPath]:

@@ -1,6 +1,7 @@
 """Check arguments, and word the errors about them."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -145,7 +146,8 @@ def written_names(
         separator: what the writer puts between two steps of a path.
 
     Raises:
-        ValueError: two names are the same, or a path has more steps than a reader can follow.
+        ValueError: two names are the same or no text, or a path has more steps than a reader can
+            follow.
     """
     paths = list(paths)
     for path in paths:
@@ -156,6 +158,12 @@ def written_names(
                 f"{DEEPEST} levels cannot be read again. Flatten that part of the tree."
             )
     names = [separator.join(path) for path in paths]
+    for name in names:
+        if re.search("[\ud800-\udfff]", name):
+            raise ValueError(
+                f"the name {name!r} has half a character (a surrogate), which no file can hold. "
+                "Rename that leaf."
+            )
     check_unique(names, leaves, separator)
     return names
 

@@ -36,3 +36,13 @@ def stay(before, after):
 def is_deleted(x: Any) -> bool:
     """Return whether a step that donates its arguments has taken over the memory of an array."""
     return isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted()
+
+
+def refuse_deleted(what: str, x: Any) -> None:
+    """Raise if an array is deleted. The error begins with `what`: "params/w is a deleted array"."""
+    if is_deleted(x):
+        raise RuntimeError(
+            f"{what}: a step that donates its arguments took over its memory. Pass what the step "
+            "returned. If Ctrl-C came before that was assigned, resume from a checkpoint, and put "
+            "`with emaopt.uninterrupted():` around the step."
+        )

@@ -93,10 +93,11 @@ def pack(tree: Tree, like: Tree = None, max_size: int = 2**16) -> Any:
     `unpack((params, opt_state))`, and pack them again with `like`.
 
     Some leaves stay alone: those above `max_size` elements, those sharded over several devices,
-    and keys. A transformation sees the packed arrays in place of the leaves. Transformations that
-    work element by element give the same results, and so does `clip_by_global_norm`. Wrap those
-    that treat each leaf by its norm or its name in `on_leaves`. `heal` mends whole arrays, and
-    `stochastic` draws other numbers.
+    and keys. These are the same arrays, not copies: a step that donates the packed parameters
+    deletes them. A transformation sees the packed arrays in place of the leaves. Transformations
+    that work element by element give the same results, and so does `clip_by_global_norm`. Wrap
+    those that treat each leaf by its norm or its name in `on_leaves`. `heal` mends whole arrays,
+    and `stochastic` draws other numbers.
 
     Args:
         tree: any pytree of arrays and numbers. It may have absent leaves, but no packed nodes.

@@ -10,6 +10,7 @@ import numpy as np
 from emaopt._average.ema import SwappedEmaState
 from emaopt._average.find import averages, swap
 from emaopt._tree.checks import written_names
+from emaopt._tree.devices import refuse_deleted
 from emaopt._tree.paths import Tree
 
 from ._digest import digests
@@ -41,10 +42,16 @@ def checked(item: str, tree: Tree) -> Tree:
 
     Raises:
         ValueError: it could not read it back. The error names the leaf.
+        RuntimeError: a step that donates its arguments deleted a leaf.
     """
     tree = plain(tree)
     leaves = leaves_by_path(tree)
+    if item == "params" and not leaves:
+        raise ValueError("params has no leaves, so nothing could be saved. Pass the parameters.")
     paths = [(item, *path) for path in leaves]
+    for path, leaf in zip(paths, leaves.values(), strict=True):
+        name = "/".join(path)
+        refuse_deleted(f"what is saved as {name!r} is a deleted array", leaf)
     written_names(paths, leaves.values(), ".")  # Orbax joins keys with a dot
     saved = [
         savable(leaf, "/".join(path)) for path, leaf in zip(paths, leaves.values(), strict=True)

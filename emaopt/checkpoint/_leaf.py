@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 
 from emaopt._tree.checks import describe
 from emaopt._tree.paths import printable
@@ -110,8 +111,13 @@ def like_leaf(value: Any, leaf: Any, name: str, impl: str | None = None) -> Any:
     if not _is_array(leaf):
         return type(leaf)(value.item() if _is_array(value) else value)
     if is_key(leaf):
-        impl = str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else impl
-        value = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
+        own = str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else impl
+        if impl not in (None, own):  # of another kind the same numbers are another key
+            raise ValueError(
+                f"{name} is a random key of {impl!r}, asked for as {own!r}. Pass a key of that "
+                f"kind: jax.random.key(0, impl={impl!r})."
+            )
+        value = jax.random.wrap_key_data(jnp.asarray(value), impl=own)
     elif not _is_array(value):
         value = _exactly(value, leaf.dtype, name)
     elif value.dtype != leaf.dtype:
@@ -158,8 +164,8 @@ def savable(leaf: Any, name: str) -> Any:
         )
     if not is_key(leaf) and not _is_storable(np.dtype(leaf.dtype)):
         raise ValueError(
-            f"{name} has dtype {leaf.dtype}, which a checkpoint cannot hold. Pass numbers in this "
-            "machine's byte order, or a str."
+            f"{name} has dtype {leaf.dtype}, which a checkpoint cannot hold. Pass numbers of a "
+            "dtype that TensorStore has, in this machine's byte order, or a str."
         )
     if leaf.size == 0:
         raise ValueError(
@@ -169,6 +175,7 @@ def savable(leaf: Any, name: str) -> Any:
 
 
 def _is_storable(dtype: np.dtype) -> bool:
-    """Return whether TensorStore has such numbers."""
+    """Return whether TensorStore has such numbers. Of 4 bits a float has no digest."""
     is_number = dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
-    return is_number and dtype.isnative and dtype not in (np.longdouble, np.clongdouble)
+    is_known = hasattr(ts, dtype.name) and not dtype.name.startswith("float4")
+    return is_number and is_known and dtype.isnative

@@ -5,6 +5,7 @@ import os
 import re
 from typing import Any
 
+import numpy as np
 from etils.epath import Path
 
 
@@ -107,7 +108,7 @@ def pick(found: dict[int, Path], step: Any, directory: Any) -> Path:
     """
     if not found:
         raise FileNotFoundError(f"{directory} holds no finished checkpoint. Pass another path.")
-    wanted = max(found) if step is None else int(step)
+    wanted = max(found) if step is None else as_step(step)
     if wanted not in found:
         steps = sorted(found)
         listed = f"{steps[:20]} and {len(steps) - 20} more" if len(steps) > 20 else steps
@@ -136,6 +137,18 @@ def numbered(run: Path, names: dict[Path, str]) -> dict[int, Path]:
             )
         steps[step] = path
     return steps
+
+
+def as_step(step: Any) -> int:
+    """Return the number of a step, which may be an integer array [].
+
+    Raises:
+        ValueError: it is no whole number. `int` would take 1.5 for 1, and "4" for 4.
+    """
+    number = np.asarray(step)
+    if number.ndim or number.dtype.kind not in "iu" or number < 0:
+        raise ValueError(f"step={step!r} is not the number of a step. Pass an int, 0 or above.")
+    return int(number)
 
 
 def check_checkpointer(checkpointer: Any) -> None:

@@ -8,17 +8,17 @@ from emaopt._tree.paths import Tree
 
 from ._errors import saving
 from ._items import inventory, new_stamp, with_digests
-from ._run import check_checkpointer, check_writable
+from ._run import as_step, check_checkpointer, check_writable
 
 
 def check_target(checkpointer: ocp.training.Checkpointer, step: Any, overwrite: bool) -> int:
     """Return the step as a number, if a checkpoint of it can be written.
 
     Raises:
-        ValueError: Orbax cannot write there, or the step is there already.
+        ValueError: it is no number, Orbax cannot write there, or the step is there already.
     """
     check_checkpointer(checkpointer)
-    step = int(step)
+    step = as_step(step)
     directory = checkpointer.directory
     if not overwrite and any(c.step == step for c in checkpointer.checkpoints):
         raise ValueError(

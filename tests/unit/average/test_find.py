@@ -180,6 +180,20 @@ def test_two_networks_are_told_apart_by_where_they_stand(pair, network, wrap):
     equal(emaopt.average(params, one), pair(network(1.0), network(7.0)))
 
 
+@pytest.mark.parametrize("network", ONE_NETWORK.values(), ids=ONE_NETWORK)
+def test_a_place_in_a_chain_is_not_taken_for_a_place_in_a_list_of_networks(network):
+    nets = [network(1.0), network(6.0), network(8.0)]
+    of_the_first = optax.chain(sgd(), emaopt.ema(0.5)).init(nets[0])
+    for look in (emaopt.average, emaopt.swap, emaopt.reset, emaopt.stacked):
+        with pytest.raises(ValueError, match="Pass"):
+            look(nets, of_the_first)
+    each = [emaopt.ema(0.5).init(net) for net in nets]
+    equal(emaopt.average(nets, each), nets)
+    # the others have other shapes, so there is no doubt
+    nets[1] = jax.tree.map(lambda x: jnp.ones(3), nets[1])
+    equal(emaopt.average(nets[:2], (optax.EmptyState(), emaopt.ema(0.5).init(nets[1]))), nets[:2])
+
+
 def test_two_networks_with_several_averages_each_are_chosen_by_name():
     tx = optax.named_chain(("sgd", sgd()), ("fast", emaopt.ema(0.5)), ("slow", emaopt.ema(0.9)))
     params = {"gen": layer(1.0), "disc": layer(6.0)}
@@ -413,3 +427,22 @@ def test_an_average_that_a_step_deleted_says_so(read):
     jax.block_until_ready(jax.jit(lambda x: x, donate_argnums=0)(state))
     with pytest.raises(RuntimeError, match=r"average of 'a/w': a step that donates.*uninterrupted"):
         read(params, state)
+
+
+@pytest.mark.parametrize("read", [emaopt.average, emaopt.stacked])
+def test_a_parameter_without_an_average_that_a_step_deleted_says_so(read):
+    params = {"w": jnp.ones(2), "frozen": jnp.ones(2)}
+    state = optax.masked(emaopt.ema(), {"w": True, "frozen": False}).init(params)
+    params["frozen"].delete()
+    with pytest.raises(RuntimeError, match=r"params has a deleted array at leaf 'frozen': a step"):
+        read(params, state)
+
+
+def test_averages_of_numpy_arrays_do_not_change_with_them():
+    params = {"w": np.ones(2, np.float32), "frozen": np.ones(2, np.float32)}
+    state = optax.masked(emaopt.ema(), {"w": True, "frozen": False}).init(params)
+    state = jax.device_get(state)
+    averaged = emaopt.average(params, state)
+    params["frozen"][:] = 7
+    assert not np.shares_memory(averaged["w"], state.inner_state.shadow["w"])
+    equal(averaged, {"w": np.ones(2, np.float32), "frozen": np.ones(2, np.float32)})

@@ -1,6 +1,7 @@
 """Saving swapped, resuming exactly, and the averages out of any checkpoint, with real Orbax."""
 
 import dataclasses
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,41 @@ def test_an_ordinary_checkpoint_resumes_too(tmp_path):
         checkpointer.save_checkpointables(2, {"params": params, "opt_state": opt_state})
         got = checkpoint.resume(checkpointer, PARAMS, tx.init(PARAMS))
     bitwise(got, (params, opt_state, {}))
+
+
+def test_a_step_is_a_whole_number(tmp_path):
+    params, state = {"w": jnp.ones(2)}, emaopt.ema(0.5).init({"w": jnp.ones(2)})
+    calls = [
+        lambda step: checkpoint.save(checkpointer, step, params, state),
+        lambda step: checkpoint.snapshot(checkpointer, step, state),
+        lambda step: checkpoint.resume(checkpointer, params, state, step=step),
+        lambda step: checkpoint.restore_averages(tmp_path, params, step=step),
+    ]
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, np.int64(1), params, state)
+        for step in (1.5, 1.0, "1", True, -1, [1], float("nan"), np.array([1]), 2**70):
+            message = re.escape(f"step={step!r} is not the number of a step. Pass an int, 0 or")
+            for call in calls:
+                with pytest.raises(ValueError, match=message):
+                    call(step)
+        assert [each.step for each in checkpointer.checkpoints] == [1]
+
+
+@pytest.mark.parametrize("save", [checkpoint.save, checkpoint.save_async])
+def test_an_array_that_a_step_deleted_is_named_and_not_saved(save, tmp_path):
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    opt_state = emaopt.ema(0.5).init(params)
+    opt_state.shadow["b"].delete()
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(RuntimeError, match=r"saved as 'params/b' is a deleted array: a step"):
+            save(checkpointer, 1, params, opt_state, digest=False)
+        assert checkpointer.latest is None
+
+
+def test_parameters_without_leaves_are_not_saved(tmp_path):
+    refused = pytest.raises(ValueError, match=r"params has no leaves.*Pass the parameters")
+    with ocp.training.Checkpointer(tmp_path) as checkpointer, refused:
+        checkpoint.save(checkpointer, 1, {}, emaopt.ema(0.5).init({}))
 
 
 def test_a_number_comes_back_as_what_is_asked_for(tmp_path):
@@ -635,6 +671,9 @@ def test_a_mistake_is_named_before_anything_is_read(mistake, run, monkeypatch):
         ({"big": np.zeros(2, ">f4")}, r"rest/big has dtype >f4.*byte order"),
         ({"when": np.datetime64("2026-11-28")}, r"rest/when has dtype datetime64"),
         ({"wide": np.longdouble(1)}, r"rest/wide has dtype float128"),
+        ({"small": jnp.zeros(2, jnp.uint4)}, r"rest/small has dtype uint4.*that TensorStore has"),
+        ({"small": np.zeros(2, jnp.float4_e2m1fn)}, r"rest/small has dtype float4_e2m1fn"),
+        ({"\ud800": jnp.zeros(2)}, r"the name 'rest\.\\ud800' has half a character"),
         ({"place": Path("/run")}, r"rest/place is a PosixPath"),
         ({"many": {1, 2}}, r"rest/many is a set"),
         ({"count": 2**64}, r"rest/count is 18446744073709551616, which 64 bits do not hold"),

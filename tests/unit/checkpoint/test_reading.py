@@ -262,6 +262,9 @@ def test_random_keys_are_resumed_from_abstract_ones(tmp_path):
         checkpoint.save(checkpointer, 1, LIKE, TX.init(LIKE), key=key, plain=jnp.zeros(4))
         rest = {"key": like, "plain": jnp.zeros(4)}
         got = checkpoint.resume(checkpointer, LIKE, TX.init(LIKE), **rest)[2]["key"]
+        other = {"key": jax.random.key(0, impl="unsafe_rbg"), "plain": jnp.zeros(4)}
+        with pytest.raises(MismatchError, match=r"rest/key is a random key of 'rbg', asked for as"):
+            checkpoint.resume(checkpointer, LIKE, TX.init(LIKE), **other)
     assert got == key
     item = Stored(tmp_path / "1").items["rest"]
     assert item.key_impl(("plain",)) is None

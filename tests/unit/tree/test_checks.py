@@ -55,6 +55,8 @@ def test_names_are_written_apart_or_not_at_all():
         checks.written_names(paths_, range(4), separator=".")
     with pytest.raises(ValueError, match=r"257 levels deep, below 'k/k/k'; .* Flatten that part"):
         checks.written_names([(*deep, "k")], [0])
+    with pytest.raises(ValueError, match=r"the name 'a/b\\ud800' has half a character.*Rename"):
+        checks.written_names([("a", "b\ud800")], [0])
 
 
 def test_a_state_is_shown_by_dtypes_and_shapes():
