@@ -18,9 +18,8 @@ from emaopt._tree.devices import in_memory
 
 
 ELEMENTS_AT_ONCE = 2**22  # of an array on the host, copied to a device
-BLOCK = (
-    2**10
-)  # elements that a CPU mixes at once: from 2**12, XLA of jax 0.10 starts threads for it
+# Elements that a CPU mixes at once. From 2**12, XLA of jax 0.10 starts threads for each block.
+BLOCK = 2**10
 LARGE = 2**16  # elements of an array that is worth a loop over blocks
 COLLECTIVES_AT_ONCE = 8  # sharded leaves whose digests are computed at the same time, on CPU
 
