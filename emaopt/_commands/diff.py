@@ -19,7 +19,6 @@ from emaopt._tree.checks import describe
 from emaopt._tree.leaves import parts
 from emaopt._tree.numbers import bytes_of, dtype_of, is_inexact
 from emaopt._tree.paths import KeyPath, printable
-from emaopt.checkpoint._place import DIGESTS
 from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._safetensors import tensor_value
 from emaopt.checkpoint._shards import newest_tensors, tensors_in
@@ -165,7 +164,7 @@ def _of_safetensors(path: Path) -> Side:
 
 def _as_stored(path: Path) -> Side:
     stored = Stored(locate(path, None))
-    names = paths.shown(path for path in stored.paths() if path[0] != DIGESTS)
+    names = paths.shown(stored.saved())
     by_name = {name: path for path, name in names.items()}
     return _in_orbax(stored, dict(sorted(by_name.items())))
 

@@ -11,14 +11,10 @@ from typing import Any, NamedTuple
 from etils.epath import Path
 
 from emaopt._extras import require
+from emaopt._files import remove as remove_whole, remove_unfinished, temporary as temporary
 from emaopt._tree.paths import KeyPath, printable
-from emaopt.checkpoint._run import FINISHED, finished_steps
+from emaopt.checkpoint._run import holds_checkpoints
 from emaopt.checkpoint._shards import holds_tensors, tensor_steps
-from emaopt.checkpoint._unfinished import (
-    remove as remove_whole,
-    remove_unfinished,
-    temporary as temporary,
-)
 
 
 TF1, ORBAX, SAFETENSORS = "TF1", "Orbax", "safetensors"
@@ -86,7 +82,7 @@ def _near(path: Path) -> Place:
 def _format(path: Path) -> str | None:
     """Return the format of the checkpoint or the run at a path, or `None` if there is none."""
     if path.is_dir():
-        if finished_steps(path) or any((path / file).exists() for file in (FINISHED, "_METADATA")):
+        if holds_checkpoints(path):
             return ORBAX
         files = (path / "checkpoint").exists() or any(
             file.name.endswith(".index") for file in path.iterdir()

@@ -4,7 +4,6 @@ A leaf is one key path, the item first: `("opt_state", "1", "shadow", "conv", "k
 averages were saved swapped with the parameters, the swap is undone here, and nowhere else.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
@@ -31,6 +30,7 @@ from ._place import (
     leaves_of,
     shared_start,
 )
+from ._roots import candidates_for, rank, root_beside
 
 
 class Contents:
@@ -81,6 +81,17 @@ class Contents:
     def params(self) -> dict[KeyPath, KeyPath]:
         """Return the raw parameters by name. A swap is undone."""
         return self.stored_params | self._swapped
+
+    def below(self, node: KeyPath) -> dict[KeyPath, KeyPath]:
+        """Return the leaves below a node by name. If these are the parameters, a swap is undone."""
+        if self.averages and node == self.root:
+            return self.params
+        return {path[len(node) :]: at for path, at in self.index.items() if is_in(path, node)}
+
+    @cached_property
+    def marks(self) -> set[KeyPath]:
+        """Return the leaves that say of an average that it is swapped."""
+        return {self.index[(*node, SWAPPED)] for node in self._shadows if self._is_swapped(node)}
 
     @property
     def is_snapshot(self) -> bool:
@@ -221,7 +232,8 @@ class Contents:
     @cached_property
     def _roots(self) -> dict[KeyPath, KeyPath]:
         """For every average, the node that holds its parameters."""
-        return {node: self._root_beside(node, set(own)) for node, own in self._shadows.items()}
+        known = self.index, self._shadows
+        return {node: root_beside(node, own, *known) for node, own in self._shadows.items()}
 
     @cached_property
     def _states(self) -> set[KeyPath]:
@@ -274,55 +286,19 @@ class Contents:
         name = path[len(self.root) :]
         return name if is_in(path, self.root) and name in self.stored_params else None
 
-    def _candidates(self, names: Collection[KeyPath]) -> list[KeyPath]:
-        """Find the nodes that hold most of these names, those far from every average first.
-
-        Slots have the same names, but stand in the optimizer's state, beside the average.
-        """
-        names = set(names)
-        held = Counter(
-            path[:i]
-            for path in self.index
-            if path[0] != DIGESTS
-            for i in range(1, len(path) + 1)
-            if path[i:] in names
-        )
-        nodes = list(self._shadows)
-        outside = [root for root in held if not any(is_in(root, node) for node in nodes)]
-        most = max((held[root] for root in outside), default=0)
-        return sorted((root for root in outside if held[root] == most), key=self._rank)
-
-    def _rank(self, root: KeyPath) -> tuple:
-        near = max((len(shared_start([root, node])) for node in self._shadows), default=0)
-        return near, len(root), "params" not in root, root
-
-    def _root_beside(self, node: KeyPath, names: set[KeyPath]) -> KeyPath:
-        """Find the parameters of an average: of several networks, those in the same place."""
-
-        def place_in_node(key: str) -> int:
-            return node.index(key) if key in node else len(node)
-
-        best, *others = self._candidates(names) or [("",)]
-        for root in others:
-            differ = [i for i, (a, b) in enumerate(zip(root, best, strict=False)) if a != b]
-            if len(root) == len(best) and len(differ) == 1:
-                (i,) = differ
-                if place_in_node(root[i]) < place_in_node(best[i]):
-                    best = root
-        return best
-
     def _root_of(self, names: Collection[KeyPath], chosen: list[Average]) -> KeyPath:
         """Find the node that names of leaves start at: that of the parameters, or a part of it.
 
         Raises:
             MismatchError: several parts have such leaves, and nothing tells them apart.
         """
-        candidates = self._candidates(names)
+        candidates = candidates_for(names, self.index, self._shadows)
         if not candidates or self.root in candidates:
             return self.root
         averaged = {self._roots[average.at] for average in chosen}.intersection(candidates)
-        first = self._rank(candidates[0])[:-1]
-        parts = sorted(averaged) or [root for root in candidates if self._rank(root)[:-1] == first]
+        ranks = {root: rank(root, self._shadows)[:-1] for root in candidates}
+        first = ranks[candidates[0]]
+        parts = sorted(averaged) or [root for root in candidates if ranks[root] == first]
         if len(parts) > 1:
             raise MismatchError(
                 f"like is a part of the parameters of checkpoint {self.checkpoint}, and several "

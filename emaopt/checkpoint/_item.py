@@ -6,8 +6,6 @@ and values from the arrays that are asked for, through TensorStore.
 """
 
 import json
-import os
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,30 +16,17 @@ import numpy as np
 import tensorstore as ts
 from etils.epath import Path
 
+from emaopt._files import read_json
 from emaopt._tree.paths import KeyPath, Tree, key_paths
 
 from ._leaf import Target
 
 
 METADATA = "_METADATA"  # the file that a tree has
+STRINGS = "_strings.json"  # the file with those of its leaves that are strings
 ALIGNMENT = 64  # of arrays that JAX on CPU does not copy
 _SEQUENCE = 1  # Orbax's type of a key that is a position
 _EMPTY = {"Dict": {}, "List": [], "Tuple": []}  # what Orbax calls a node without leaves
-
-
-def read_file(path: Path) -> bytes:
-    """Read a whole file; a FIFO or a device in its place would never end."""
-    if "://" not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path.name} is no regular file")
-    return path.read_bytes()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object."""
-    found = json.loads(read_file(path))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return found
 
 
 class Item:
@@ -119,7 +104,7 @@ class Item:
         values: dict[KeyPath, Any] = {}
         for path in strings:
             with _naming(path):
-                values[path] = str(read_json(self.directory / "_strings.json")[".".join(path)])
+                values[path] = str(read_json(self.directory / STRINGS)[".".join(path)])
         opened = {}
         for path in targets:
             if path not in values:

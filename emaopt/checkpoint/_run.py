@@ -31,6 +31,12 @@ def is_finished(checkpoint: Path) -> bool:
     return True
 
 
+def holds_checkpoints(path: Path) -> bool:
+    """Tell whether a directory is a run, a checkpoint, or an item of one."""
+    files = (path / FINISHED, path / "_METADATA")
+    return bool(finished_steps(path)) or any(file.exists() for file in files)
+
+
 def finished_steps(directory: Path) -> dict[int, Path]:
     """Return the finished checkpoints of a run by step: those that Orbax lists.
 

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from etils.epath import Path
 
+from emaopt._files import read_json
 from emaopt._tree.checks import check_array
 from emaopt._tree.leaves import parts
 from emaopt._tree.paths import Tree, few
 
 from ._digest import digests
 from ._errors import DamagedError, MismatchError, missing, saving, shortened
-from ._item import read_json
 from ._leaf import are_floating, differs, like_leaf, target_of
 from ._run import numbered
 from ._safetensors import Header, Tensor, read_header, tensor_part, tensor_value

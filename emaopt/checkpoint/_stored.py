@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from etils.epath import Path
 
+from emaopt._files import read_json
 from emaopt._tree.checks import check_array
 from emaopt._tree.paths import KeyPath, Tree, logical, printable
 
 from ._contents import Contents
 from ._errors import DamagedError, MismatchError, cause, missing, shortened
-from ._item import METADATA, Item, LeafError, read_json
+from ._item import METADATA, Item, LeafError
 from ._leaf import HOST, Target, are_floating, differs, is_key, like_leaf, target_of
 from ._place import DIGESTS, SHADOW, STAMP, UNTOLD, Place, by_item, evaluated
 from ._run import FINISHED, is_finished
@@ -39,7 +40,8 @@ class Stored:
 
     def __init__(self, path: Path):
         self.path = path
-        self.about: dict[str, Any] = {}
+        self.custom_metadata: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}  # what `save` and `export_averages` say in it
         try:
             self.items = self._read_items()
         except Exception as error:
@@ -54,14 +56,13 @@ class Stored:
         """Return what lies where: averages, parameters, and the rest."""
         return Contents(self.paths(), self.path)
 
-    @property
-    def trees(self) -> dict[str, Tree]:
-        """Return the tree of each item. Its leaves are names."""
-        return {name: item.tree for name, item in self.items.items()}
-
     def paths(self) -> list[KeyPath]:
         """Return every leaf of the checkpoint."""
         return [(name, *path) for name, item in self.items.items() for path in item]
+
+    def saved(self) -> list[KeyPath]:
+        """Return every leaf but the digests."""
+        return [path for path in self.paths() if path[0] != DIGESTS]
 
     def leaf(self, path: KeyPath) -> Any:
         """Return a leaf without its value: an abstract array, or an empty number or string.
@@ -190,9 +191,9 @@ class Stored:
         if contents.is_snapshot:
             at = {own: path for average in chosen for own, path in average.leaves.items()}
             for average in chosen:
-                tree = merged(tree, self._node((*average.at, SHADOW)))
+                tree = merged(tree, self.tree_of((*average.at, SHADOW)))
         else:
-            tree = self._node(contents.root)
+            tree = self.tree_of(contents.root)
         forms = self.forms(at.values())
         leaves = [forms[at[logical(path)]] for path in leaves_by_path(tree)]
         empty = [np.empty(x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves]
@@ -200,12 +201,12 @@ class Stored:
 
     def tree_below(self, node: KeyPath) -> Tree:
         """Read all leaves below a node to the host, as the tree that they are."""
-        tree = self._node(node)
+        tree = self.tree_of(node)
         paths = [(*node, *path) for path in leaves_by_path(tree)]
         values = self.read(paths)
         return jax.tree.unflatten(jax.tree.structure(tree), [values[path] for path in paths])
 
-    def _node(self, path: KeyPath) -> Tree:
+    def tree_of(self, path: KeyPath) -> Tree:
         """Return the tree below a node. Its leaves are names."""
         tree = self.items[path[0]].tree
         for key in path[1:]:
@@ -228,8 +229,8 @@ class Stored:
         if not is_finished(self.path) or (self.path / METADATA).exists():
             return {"": Item(self.path)}
         about = read_json(self.path / FINISHED)
-        custom = about.get("custom_metadata") or {}
-        self.about = custom.get("emaopt") or {}
+        self.custom_metadata = about.get("custom_metadata") or {}
+        self.about = self.custom_metadata.get("emaopt") or {}
         handlers = about.get("item_handlers")
         handlers = handlers if isinstance(handlers, dict) else {}
         trees = {name for name, handler in handlers.items() if "ree" in str(handler)}

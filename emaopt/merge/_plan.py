@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from etils.epath import Path
 
+from emaopt._files import remove, remove_unfinished, temporary
 from emaopt._tree.paths import KeyPath
 from emaopt.checkpoint._digest import digest_of_block
 from emaopt.checkpoint._run import check_writable
-from emaopt.checkpoint._unfinished import remove, remove_unfinished, temporary
 
 from ._blocks import form_of
 from ._find import StoredTree

@@ -11,7 +11,6 @@ from etils.epath import Path
 from emaopt._average.decay import as_decay
 from emaopt._tree.numbers import is_inexact
 from emaopt._tree.paths import KeyPath
-from emaopt.checkpoint._place import Place
 from emaopt.checkpoint._run import pick
 from emaopt.checkpoint._stored import Stored
 from emaopt.posthoc import THRESHOLD
@@ -253,8 +252,7 @@ def _served(format_: str, path: Path, params: str | None) -> tuple[StoredTree, S
 def _base(stored: Stored) -> OrbaxTree:
     """Open the parameters of a checkpoint with averages, as the last step left them."""
     paths = stored.contents.params or stored.contents.evaluated
-    places = {name: Place(at, None, at) for name, at in paths.items()}
-    return OrbaxTree(stored, stored.params_like(), places)
+    return OrbaxTree.plain(stored, stored.params_like(), paths)
 
 
 def _averages(

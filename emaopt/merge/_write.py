@@ -6,7 +6,6 @@ rest: the files that say what is in a checkpoint, around arrays of one number, w
 replace.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +17,10 @@ from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
 from emaopt._tree.paths import KeyPath, Tree, key_paths, logical
-from emaopt.checkpoint._digest import digests, with_own_digest
+from emaopt.checkpoint._digest import digest_of_block
 from emaopt.checkpoint._errors import cause
-from emaopt.checkpoint._item import METADATA, read_json
-from emaopt.checkpoint._items import checked, inventory
-from emaopt.checkpoint._place import DIGESTS
+from emaopt.checkpoint._frame import write_frame
+from emaopt.checkpoint._items import checked
 
 from ._blocks import form_of
 from ._processes import is_first
@@ -77,11 +75,7 @@ class OrbaxWriter:
             about: What its metadata says.
         """
         others = [name for name in self.leaves if name not in digest]
-        found = {**digest}
-        if others:
-            found |= dict(zip(others, digests([self.leaves[n] for n in others]), strict=False))
-        in_order = sorted(self.on_disk, key=lambda name: self.on_disk[name])
-        record = with_own_digest(np.asarray([int(found[n]) for n in in_order], np.uint32))
+        found = digest | {name: digest_of_block(self.leaves[name], (), ()) for name in others}
         if is_first():
             self._write_numbers(others)
         small = [
@@ -90,27 +84,17 @@ class OrbaxWriter:
             else self.leaves[n]
             for n in self.on_disk
         ]
-        params = jax.tree.unflatten(self.structure, small)
-        items = {"params": params, DIGESTS: {"params": np.asarray(record)}}
+        items = {"params": jax.tree.unflatten(self.structure, small)}
+        digests = {("params", *self.on_disk[name]): x for name, x in found.items()}
+        arrays = {"params": self.directory / "params"}
         whole = self.directory / WHOLE
+        different = {} if self.is_alone else {"use_ocdbt": False}
         context = ocp.Context()
         context.array.saving.use_zarr3 = False
         with context:
-            ocp.save_checkpointables(whole, items, custom_metadata=inventory(items) | about)
+            write_frame(whole, items, arrays, digests, about, **different)
         if is_first():
-            self._exchange(whole / "params")
             whole.rename(destination)
-
-    def _exchange(self, params: Path) -> None:
-        """Put the arrays in the place of those of one number."""
-        for file in (METADATA, "_strings.json"):
-            if (params / file).exists():
-                (params / file).rename(self.directory / "params" / file)
-        if not self.is_alone:
-            metadata = self.directory / "params" / METADATA
-            metadata.write_text(json.dumps(read_json(metadata) | {"use_ocdbt": False}))
-        params.rmtree()
-        (self.directory / "params").rename(params)
 
     def _write_numbers(self, names: list[KeyPath]) -> None:
         """Write the numbers that are no arrays. Strings lie in a file of Orbax."""

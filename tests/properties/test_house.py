@@ -16,25 +16,29 @@ LIGHT = {"jax", "numpy", "optax"}
 # room: the rooms that it may import, and the packages of others; ground floor first
 ROOMS = {
     "_extras": (set(), set()),
+    "_files": (set(), {"etils"}),
     "_tree": (set(), LIGHT),
     "_average": ({"_tree"}, LIGHT),
     "_optimizers": ({"_tree", "_average"}, LIGHT),
     "_names": ({"_tree", "_average", "_optimizers"}, LIGHT),
     "presets": ({"_tree", "_average"}, {"jax"}),
     "posthoc": ({"_tree", "_average"}, {"jax", "numpy"}),
-    "checkpoint": ({"_tree", "_average"}, LIGHT | {"orbax", "etils", "safetensors", "tensorstore"}),
+    "checkpoint": (
+        {"_files", "_tree", "_average"},
+        LIGHT | {"orbax", "etils", "safetensors", "tensorstore"},
+    ),
     "tf1": ({"_extras", "_tree", "_average", "_names"}, LIGHT | {"tensorflow"}),
     "summary": (
         {"_tree", "_average", "_optimizers", "_names", "_extras"},
         LIGHT | {"tensorboardX"},
     ),
     "merge": (
-        {"_tree", "_average", "_names", "checkpoint", "posthoc", "tf1"},
+        {"_files", "_tree", "_average", "_names", "checkpoint", "posthoc", "tf1"},
         LIGHT | {"etils", "orbax", "tensorstore"},
     ),
     "__init__": ({"_tree", "_average", "_optimizers", "_names"}, set()),
     "_commands": (
-        {"", "_extras", "_tree", "_average", "_optimizers", "_names"}
+        {"", "_extras", "_files", "_tree", "_average", "_optimizers", "_names"}
         | {"checkpoint", "posthoc", "merge", "tf1"},
         LIGHT | {"etils", "flax", "matplotlib", "orbax", "sklearn", "tqdm"},
     ),
@@ -46,8 +50,9 @@ FLOORS = {
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
-    "checkpoint": "_errors _leaf _digest _place _run _trees _unfinished"
-    " | _contents _item _safetensors _verify | _stored _items _shards | _write"
+    "checkpoint": "_errors _leaf _digest _place _run _trees"
+    " | _roots | _contents _item _safetensors _verify | _stored _items _shards"
+    " | _blocks _frame _write"
     " | _partial _export _snapshot _watch | _resume | _managers | __init__",
     "presets": "_common | _tensorflow _pytorch _trainers _jax | __init__",
     "posthoc": "_falls _fit _sum | __init__",

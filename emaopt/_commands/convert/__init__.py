@@ -37,9 +37,9 @@ from emaopt._names import AVERAGE
 from emaopt._tree.leaves import parts
 from emaopt._tree.numbers import bytes_of
 from emaopt._tree.paths import KeyPath, nested
-from emaopt.checkpoint._digest import digests, with_own_digest
-from emaopt.checkpoint._items import checked, inventory
-from emaopt.checkpoint._place import DIGESTS
+from emaopt.checkpoint._digest import digests
+from emaopt.checkpoint._frame import write_frame
+from emaopt.checkpoint._items import checked
 from emaopt.checkpoint._run import check_writable, locate
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast, check_prefix, write
@@ -48,6 +48,7 @@ from .layout import Form, Origin, in_orbax, in_tf1, with_residue
 
 
 BYTES_AT_ONCE = 2**26  # that are read, or written, at once
+WHOLE = "whole"  # what becomes the checkpoint, inside the temporary directory
 
 
 def convert(
@@ -96,11 +97,9 @@ def _to_orbax(source: Path, destination: Path, form: Form) -> None:
             with _writing(destination):
                 _save(parts_in, values, places)
             found |= {places[name]: digests([value])[0] for name, value in values.items()}
-        items = {path[0] for path in found}
-        each = {i: [found[path] for path in sorted(found) if path[0] == i] for i in items}
         with _writing(destination):
-            _assemble(parts_in, {item: with_own_digest(np.asarray(each[item])) for item in items})
-            (parts_in / DIGESTS).rename(destination)
+            _assemble(parts_in, found)
+            (parts_in / WHOLE).rename(destination)
     finally:
         remove(parts_in)
 
@@ -134,18 +133,16 @@ def _without_copies() -> ocp.Context:
     return context
 
 
-def _assemble(directory: Path, found: dict[str, Any]) -> None:
+def _assemble(directory: Path, found: dict[KeyPath, Any]) -> None:
     """Make one checkpoint of several that hold one item each.
 
     Orbax saves an item in parts only if it is the only one.
     """
-    whole = directory / DIGESTS
-    items = {item: {"": np.zeros(1)} for item in found} | {DIGESTS: found}
-    ocp.save_checkpointables(whole, items, custom_metadata=inventory(items))
-    for item in found:
+    items = {path[0] for path in found}
+    for item in items:
         ocp.partial.finalize(directory / item)
-        (whole / item).rmtree()
-        (directory / item / "state").rename(whole / item)
+    arrays = {item: directory / item / "state" for item in items}
+    write_frame(directory / WHOLE, {item: {"": np.zeros(1)} for item in items}, arrays, found)
 
 
 def _to_tf1(source: Path, destination: Path, form: Form) -> None:

@@ -14,7 +14,7 @@ from emaopt._optimizers.builder import OptimizerState
 from emaopt._tree.checks import DEEPEST
 from emaopt._tree.numbers import dtype_of, wide
 from emaopt._tree.paths import KeyPath, Tree
-from emaopt.checkpoint._place import DIGESTS, SHADOW, STEP, SWAPPED
+from emaopt.checkpoint._place import SHADOW, STEP
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._rename import name_of_average
 
@@ -180,7 +180,7 @@ def _converted(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath
     """Return the leaves of a checkpoint that was converted from TF1, by their names there."""
     found: dict[str, Origin] = {}
     shadows: Shadows = {}
-    for path in stored.paths():
+    for path in stored.saved():
         item, *keys = path
         variable = Origin(path, dtype_of(stored.leaf(path)))
         if path == (ITEM, STEP):
@@ -189,7 +189,7 @@ def _converted(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath
             shadows["/".join(keys[1:]), ""] = variable
         elif item == ITEM:
             found[keys[-1]] = variable
-        elif item != DIGESTS:
+        else:
             found["/".join(keys)] = variable
     return found, shadows, []
 
@@ -205,7 +205,7 @@ def _trained(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath]]
             averaged[in_shadow] = "/".join(name), path
     found, shadows, steps = dict(params), {}, []
     in_params = set(contents.stored_params.values())
-    for name, path in _names_of_states(stored, in_params):
+    for name, path in _names_of(stored, set(stored.saved()) - in_params):
         _, kind, number = origin(name)
         if name == GLOBAL_STEP:
             steps.append(path)
@@ -213,7 +213,7 @@ def _trained(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath]]
             of, at = averaged[path]
             if jnp.issubdtype(dtype_of(stored.leaf(at)), jnp.inexact):  # as TF1 does
                 shadows[of, number if (of, "") in shadows else ""] = at
-        elif path[-1] != SWAPPED:
+        elif path not in contents.marks:
             found[name] = path
 
     def variable(of: str, path: KeyPath) -> Origin:
@@ -226,20 +226,20 @@ def _trained(stored: Stored) -> tuple[dict[str, Origin], Shadows, list[KeyPath]]
     )
 
 
-def _names_of_states(stored: Stored, params: set[KeyPath]) -> Iterator[tuple[str, KeyPath]]:
-    """Return the name in TF1 and the path of every leaf that is no parameter and no string."""
+def _names_of(stored: Stored, leaves: set[KeyPath]) -> Iterator[tuple[str, KeyPath]]:
+    """Return the name in TF1 and the path of some leaves, without strings."""
     paths: dict[int, KeyPath] = {}
     trees = {}
-    for item, tree in stored.trees.items():
+    for name, item in stored.items.items():
         tokens: list[Any] = []
-        for path in ((item, *keys) for keys in stored.items[item]):
+        for path in ((name, *keys) for keys in item):
             leaf = stored.leaf(path)
-            if item == DIGESTS or path in params or isinstance(leaf, str):
+            if path not in leaves or isinstance(leaf, str):
                 tokens.append(None)
                 continue
             tokens.append(jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)))
             paths[id(tokens[-1])] = path
-        trees[item] = _states(jax.tree.unflatten(jax.tree.structure(tree), tokens))
+        trees[name] = _states(jax.tree.unflatten(jax.tree.structure(item.tree), tokens))
     named = zip(jax.tree.leaves(names(trees)), jax.tree.leaves(trees), strict=True)
     return ((name, paths[id(token)]) for name, token in named)
 

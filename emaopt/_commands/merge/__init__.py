@@ -10,8 +10,8 @@ import numpy as np
 from emaopt._commands.paths import absolute, check_new, load_tensorflow, say
 from emaopt._extras import require
 from emaopt._tree.paths import few
-from emaopt.checkpoint._item import read_json
-from emaopt.checkpoint._run import FINISHED, finished_steps
+from emaopt.checkpoint._run import finished_steps
+from emaopt.checkpoint._stored import Stored
 from emaopt.merge import Plan, Run, soup
 from emaopt.merge._find import TF1, checkpoints, newest
 from emaopt.merge._ledgers import parse
@@ -198,8 +198,7 @@ def _curve(run: Run, target: Target, threshold: float, destination: Any, report:
 
 def _check_written(path: Any, plan: Plan) -> None:
     """Raise unless a checkpoint is what an interrupted command of the same kind wrote."""
-    custom = read_json(path / FINISHED).get("custom_metadata") or {}
-    if custom.get("merged") != plan.about["merged"]:
+    if Stored(path).custom_metadata.get("merged") != plan.about["merged"]:
         raise FileExistsError(f"{path} exists, and is another one. Pass another OUT")
 
 

@@ -18,8 +18,8 @@ from emaopt import checkpoint
 from emaopt.__main__ import main
 from emaopt._commands import paths
 from emaopt._commands.convert import _writing
+from emaopt._files import _is_running
 from emaopt._tree.paths import key_paths
-from emaopt.checkpoint._unfinished import _is_running
 
 
 tf = pytest.importorskip("tensorflow")
@@ -359,8 +359,8 @@ def test_what_a_killed_command_left_is_removed_by_the_next_one(source, orbax, tm
 
 def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch, capsys):
     """Threads of Orbax may go on writing for a while."""
-    monkeypatch.setattr("emaopt.checkpoint._unfinished.time.sleep", lambda _: None)
-    monkeypatch.setattr("emaopt.checkpoint._unfinished.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("emaopt._files.time.sleep", lambda _: None)
+    monkeypatch.setattr("emaopt._files.shutil.rmtree", lambda *_, **__: None)
     paths.remove(tmp_path)
     assert capsys.readouterr().err == (
         f"emaopt: {tmp_path} is left. The next command with this DESTINATION removes it.\n"
@@ -371,7 +371,7 @@ def test_a_process_of_another_user_is_running(monkeypatch):
     def kill(process, number):
         raise PermissionError
 
-    monkeypatch.setattr("emaopt.checkpoint._unfinished.os.kill", kill)
+    monkeypatch.setattr("emaopt._files.os.kill", kill)
     assert _is_running(1)
 
 

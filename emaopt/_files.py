@@ -1,11 +1,29 @@
-"""Name what is written until it is whole, and remove what an interrupted program left of it."""
+"""Read small files, name what is written until it is whole, and remove what is left of it."""
 
+import json
 import os
 import re
 import shutil
+import stat
 import time
+from typing import Any
 
 from etils.epath import Path
+
+
+def read_file(path: Path) -> bytes:
+    """Read a whole file; a FIFO or a device in its place would never end."""
+    if "://" not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path.name} is no regular file")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object."""
+    found = json.loads(read_file(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return found
 
 
 def temporary(path: Path, process: int | None = None) -> Path:
