@@ -11,6 +11,7 @@ from emaopt._commands.arguments import (
     add_diff,
     add_ls,
     complete_files,
+    length,
     numbers,
     updates,
     whole,
@@ -80,13 +81,15 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
             "the noise that remains, or the error. Without a target and OUT, it is printed\n"
             "for targets of all lengths.\n\n"
             "Several runs, or checkpoints, are a soup: the mean, or --weights.\n\n"
-            "A decay takes the last N updates, the checkpoints that --last says, or all."
+            "A decay takes the last N updates, or a share of all so far, as 10%; or the\n"
+            "checkpoints that --last says; or all."
         ),
         examples=[
             "emaopt merge run                             what is within reach?",
             "emaopt merge run --one-minus-sqrt 5000 out   as a decay of 5000 updates",
             "emaopt merge run --mean --last 8 out",
             "emaopt merge run --mean --last 8 --curve out at every checkpoint",
+            "emaopt merge run --mean 10% --curve out      each of a tenth of the updates so far",
             "emaopt merge run --sigma-rel 0.15 out        of recorded averages",
             "emaopt merge run --source fast=decay:0.99 --half-life 700 out",
             "emaopt merge run1 run2 run3 soup --weights 0.5,0.25,0.25",
@@ -150,7 +153,10 @@ def _add_recorded(merge: argparse.ArgumentParser) -> None:
 def _add_choice(merge: argparse.ArgumentParser) -> None:
     """Add the options that say which checkpoints are merged."""
     merge.add_argument(
-        "--window", type=whole(1, 10**9), metavar="N", help="the last N updates, of any decay"
+        "--window",
+        type=length,
+        metavar="N",
+        help="the last N updates, of any decay; 10%% is a tenth of the updates so far",
     )
     merge.add_argument(
         "--last", type=whole(2, 10**9), metavar="K", help="the last K checkpoints, of any decay"

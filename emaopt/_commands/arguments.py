@@ -220,9 +220,22 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def updates(text: str) -> int | str:
-    """Return the number of updates of a decay; `all`, if it is not said."""
-    return text if text == "all" else whole(1, 10**9)(text)
+def updates(text: str) -> float | str:
+    """Return the number of updates of a decay, or `all`, if it is not said: see `length`."""
+    return text if text == "all" else length(text)
+
+
+def length(text: str) -> float:
+    """Return a number of updates, int; or their share of all so far, float: `10%` is 0.1."""
+    if not text.endswith("%"):
+        return whole(1, 10**9)(text)
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of the updates, such as 10%")
+    return share
 
 
 def numbers(text: str) -> list[float]:

@@ -40,7 +40,7 @@ def _with_numbers(args: list[str] | None) -> list[str]:
     result: list[str] = []
     for arg in args or []:
         if result and result[-1] in _OPTIONAL:
-            has_number = arg.isdecimal()
+            has_number = arg.removesuffix("%").replace(".", "", 1).isdecimal()
             result[-1] += f"={arg}" if has_number else "=all"
             if has_number:
                 continue

@@ -161,8 +161,8 @@ def _curve(run: Run, target: Target, threshold: float, destination: Any, report:
     """Merge at every checkpoint that has the whole window before it."""
     if not any(target.fits(run.until(step)) for step in run.steps):
         raise ValueError(
-            f"{target.text} is longer than the run, whose checkpoints are at the steps "
-            f"{few(map(str, run.steps))}. Pass a shorter one"
+            f"{target.text} is longer than the run, or shorter than from one checkpoint to the "
+            f"next; they are at the steps {few(map(str, run.steps))}. Pass another window"
         )
     _introduce(run, threshold, report)
     rows = []

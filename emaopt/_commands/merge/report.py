@@ -12,7 +12,7 @@ from emaopt._extras import require
 from emaopt.merge import Plan, Run
 from emaopt.posthoc._fit import profile_of
 
-from .target import Target, spacing
+from .target import Target, part_of, spacing
 
 
 GRID = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.28)
@@ -79,7 +79,7 @@ def _targets(run: Run) -> list[Target]:
         shapes = ("mean", "one_minus_sqrt", "cosine")
         return [Target(name, None, n) for name in shapes for n in lengths if n <= count]
     grid = spacing(run, run.at)
-    windows = sorted({max(1, round(run.at * share / grid)) * grid for share in SHARES})
+    windows = sorted({part_of(run, share) for share in SHARES})
     lives = sorted({max(1, round(run.at * share)) for share in SHARES})
     return [
         *(Target("sigma_rel", value) for value in GRID),

@@ -98,6 +98,7 @@ CASES = [
     ("two", "--gamma 5", 5.0, TWO, T),
     ("two", "--half-life 8", emaopt.half_life(8), TWO, T),
     ("two", "--threshold 0.5 --window 40", posthoc.window(40, T), TWO, T),
+    ("two", "--threshold 0.5 --linear 20%", posthoc.window(40, T), TWO, T),
     ("two", "--threshold 0.5 --linear 40", posthoc.window(40, T), TWO, T),
     ("two", "--threshold 0.5 --one-minus-sqrt 80", posthoc.one_minus_sqrt(80, T, EVERY), TWO, T),
     ("two", "--threshold 0.5 --factors 1,0.5", posthoc.anneal([1.0, 0.5], T, EVERY), TWO, T),

@@ -205,6 +205,8 @@ SHAPES = {
     "--factors 0.75,0.25": ([0.25, 0.5, 0.25], (20, 30, 40)),
     "--mean --every 15": ([0.5, 0.5], (20, 40)),
     "--window 30 --at 30": ([1 / 3] * 3, (10, 20, 30)),
+    "--mean 75%": ([1 / 3] * 3, (20, 30, 40)),
+    "--linear --window 52.5%": ([0.5, 0.5], (30, 40)),
 }
 
 
@@ -244,6 +246,9 @@ def test_a_curve_has_a_checkpoint_for_each_window(plain, tmp_path, capsys):
     run_in_json(capsys, *arguments)  # goes on where it was interrupted
     assert (tmp_path / "out" / "30").exists()
     assert run_in_json(capsys, plain, "--window", "20", "--curve")["curve"] == told["curve"]
+    told = run_in_json(capsys, plain, "--mean", "50%", "--curve")  # the last 1, 1, 2 and 2
+    assert {row["at"]: row["noise"] for row in told["curve"]} == {30: 0.5, 40: 0.5}
+    assert told["target"] == "--mean 50%"
 
 
 def test_soups_are_means_of_runs(plain, tmp_path, capsys):
@@ -277,10 +282,14 @@ def test_of_a_checkpoint_with_averages_a_soup_takes_these(tmp_path):
 MISTAKES = {
     "{plain} --mean --curve --sigma-rel 0.1": "not allowed with argument",
     "{plain} --sigma-rel 0.1 --curve": "--curve needs a window that slides, such as --mean --last",
-    "{plain} --mean --last 9 --curve": "--mean --last 9 is longer than the run, whose checkpoints",
+    "{plain} --mean --last 9 --curve": "--mean --last 9 is longer than the run, or shorter than",
     "{plain} --mean --last 9 new": "--mean --last 9 needs 9 checkpoints, and there are 4, at the",
     "{plain} --mean 5 new": "--mean 5 needs 2 checkpoints, and there are 1, at the steps 40",
     "{plain} --mean 5 --window 9 new": "--mean 5 is a window already. Leave out --window",
+    "{plain} --mean 1% new": "--mean 1% needs 2 checkpoints, and there are 1, at the steps 40",
+    "{plain} --mean 1% --curve": "--mean 1% is longer than the run, or shorter than from o",
+    "{plain} --window 101% new": "'101%' is no share of the updates, such as 10%",
+    "{plain} --window x% new": "'x%' is no share of the updates, such as 10%",
     "{plain} --factors 0.5,0.6,0.1 new": r"factors=\[0.5, 0.6, 0.1\] rises",
     "{plain} --factors 0.5,x new": "'0.5,x' is no list of numbers",
     "{plain} --half-life 20 new": "target is out of reach: residual",
