@@ -20,7 +20,6 @@ from emaopt._tree.leaves import parts
 from emaopt._tree.numbers import bytes_of, dtype_of, is_inexact
 from emaopt._tree.paths import KeyPath, printable
 from emaopt.checkpoint._run import locate
-from emaopt.checkpoint._safetensors import tensor_value
 from emaopt.checkpoint._shards import newest_tensors, tensors_in
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast
@@ -158,8 +157,8 @@ def _of_tf1(path: Path) -> Side:
 
 def _of_safetensors(path: Path) -> Side:
     found = tensors_in(newest_tensors(path))
-    sizes = {name: bytes_of(tensor.shape, tensor.dtype) for name, (_, tensor) in found.items()}
-    return Side(sizes, lambda names: {name: tensor_value(*found[name]) for name in names})
+    sizes = {name: bytes_of(tensor.shape, tensor.dtype) for name, tensor in found.items()}
+    return Side(sizes, lambda names: {name: found[name].value() for name in names})
 
 
 def _as_stored(path: Path) -> Side:

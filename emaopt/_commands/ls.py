@@ -84,7 +84,7 @@ def rows_of_safetensors(path: paths.Path) -> list[Row]:
     found = tensors_in(path)
     return [
         Row(name, x.shape, str(x.dtype), role(name, found)[0], bytes_of(x.shape, x.dtype))
-        for name, (_, x) in found.items()
+        for name, x in found.items()
     ]
 
 

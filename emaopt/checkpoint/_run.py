@@ -122,29 +122,6 @@ def pick(found: dict[int, Path], step: Any, directory: Any) -> Path:
     return found[wanted]
 
 
-def numbered(run: Path, names: dict[Path, str]) -> dict[int, Path]:
-    """Return those paths whose names end in a number, by the number: `checkpoint-500`.
-
-    A shard, `model-00001-of-00002`, has no number of this kind.
-
-    Raises:
-        ValueError: two paths have the same number.
-    """
-    steps: dict[int, Path] = {}
-    for path, name in names.items():
-        found = re.search(r"([0-9]+)$", name)
-        if not found or re.search(r"-of-[0-9]+$", name):
-            continue
-        step = int(found[1])
-        if step in steps:
-            raise ValueError(
-                f"{run} has step {step} twice: {steps[step].name!r} and {path.name!r}. Move one "
-                "to another place."
-            )
-        steps[step] = path
-    return steps
-
-
 def as_step(step: Any) -> int:
     """Return the number of a step, which may be an integer array [].
 

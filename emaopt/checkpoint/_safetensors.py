@@ -34,11 +34,26 @@ DTYPES = {
 
 
 class Tensor(NamedTuple):
-    """Describe a tensor in a file. `start`: its first byte in the file."""
+    """Hold where a tensor is. `start`: its first byte in the file."""
 
+    file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
     start: int
+
+    def value(self) -> np.ndarray:
+        """Read the whole tensor."""
+        count = int(np.prod(self.shape, dtype=object))
+        flat = np.fromfile(os.fspath(self.file), self.dtype, count, offset=self.start)
+        return flat.reshape(self.shape)
+
+    def part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Read a part of the tensor, and nothing else of it."""
+        if not self.shape:  # a map of no axes cannot be cut
+            return self.value()
+        return np.array(
+            np.memmap(os.fspath(self.file), self.dtype, "r", self.start, self.shape)[index]
+        )
 
 
 class Header(NamedTuple):
@@ -86,22 +101,6 @@ def _header(path: Path) -> Header:
             )
         if 8 + length + end > size:
             raise ValueError(f"{name} is cut off")
-        found[name] = Tensor(shape, dtype, 8 + length + begin)
+        found[name] = Tensor(path, shape, dtype, 8 + length + begin)
         before = end
     return Header(dict(sorted(found.items())), texts)
-
-
-def tensor_value(path: Path, tensor: Tensor) -> np.ndarray:
-    """Read the value of a tensor."""
-    count = int(np.prod(tensor.shape, dtype=object))
-    flat = np.fromfile(os.fspath(path), tensor.dtype, count, offset=tensor.start)
-    return flat.reshape(tensor.shape)
-
-
-def tensor_part(path: Path, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-    """Read a part of a tensor, and nothing else of it."""
-    if not tensor.shape:  # a map of no axes cannot be cut
-        return tensor_value(path, tensor)
-    return np.array(
-        np.memmap(os.fspath(path), tensor.dtype, "r", tensor.start, tensor.shape)[index]
-    )

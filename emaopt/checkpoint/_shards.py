@@ -8,13 +8,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from etils.epath import Path
 
-from emaopt._files import read_json
+from emaopt._files import numbered, read_json
 from emaopt._tree.checks import check_array
 from emaopt._tree.leaves import parts
 from emaopt._tree.paths import Tree, few
@@ -22,8 +22,7 @@ from emaopt._tree.paths import Tree, few
 from ._digest import digests
 from ._errors import DamagedError, MismatchError, missing, saving, shortened
 from ._leaf import are_floating, differs, like_leaf, target_of
-from ._run import numbered
-from ._safetensors import Header, Tensor, read_header, tensor_part, tensor_value
+from ._safetensors import Header, Tensor, read_header
 from ._trees import named_leaves
 
 
@@ -130,13 +129,6 @@ def _whole(path: Path, write: Callable[[str], Any]) -> None:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-class Placed(NamedTuple):
-    """Hold a tensor, and the file that it is in."""
-
-    file: Path
-    tensor: Tensor
-
-
 def is_tensors(path: Any) -> bool:
     """Tell whether a path is that of a `.safetensors` file, or of the index of several."""
     return str(path).endswith((".safetensors", INDEX))
@@ -195,13 +187,10 @@ def headers_of(path: Path) -> dict[Path, Header]:
     return headers
 
 
-def tensors_in(path: Path) -> dict[str, Placed]:
+def tensors_in(path: Path) -> dict[str, Tensor]:
     """Find every tensor of a checkpoint by its name in the files: see `headers_of`."""
-    found = {
-        name: Placed(file, tensor)
-        for file, header in headers_of(path).items()
-        for name, tensor in header.tensors.items()
-    }
+    headers = headers_of(path).values()
+    found = {name: tensor for header in headers for name, tensor in header.tensors.items()}
     return dict(sorted(found.items()))
 
 
@@ -257,7 +246,7 @@ def load_tensors(path: Path, like: Tree, cast: bool) -> Tree:
     there = {name: leaf for name, leaf in wanted.items() if name in known}
     problems = missing([name for name in wanted if name not in known], list(known))
     for name, leaf in there.items():
-        stored = found[known[name]][1]
+        stored = found[known[name]]
         free = cast or are_floating(leaf, stored)
         problems += shortened([differs("/".join(name), leaf, stored, leaf if free else None)])
     if problems := [problem for problem in problems if problem]:
@@ -266,7 +255,7 @@ def load_tensors(path: Path, like: Tree, cast: bool) -> Tree:
             + "\n  ".join(problems)
             + "\nPass trees like those that were saved."
         )
-    values = {name: _value(*found[known[name]], leaf) for name, leaf in there.items()}
+    values = {name: _value(found[known[name]], leaf) for name, leaf in there.items()}
     checked = [name for name in values if known[name] in recorded]
     now = np.asarray(digests([values[name] for name in checked])).tolist()
     bad = [name for name, x in zip(checked, now, strict=False) if recorded[known[name]] != x]
@@ -279,9 +268,9 @@ def load_tensors(path: Path, like: Tree, cast: bool) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _found(path: Path) -> tuple[dict[str, Placed], dict[str, int]]:
+def _found(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return where each tensor is, by our name, and the digests that were recorded."""
-    found: dict[str, Placed] = {}
+    found: dict[str, Tensor] = {}
     recorded: dict[str, int] = {}
     for file, (inside, texts) in headers_of(path).items():
         try:
@@ -289,17 +278,17 @@ def _found(path: Path) -> tuple[dict[str, Placed], dict[str, int]]:
             told = json.loads(texts.get("digests", "{}"))
         except ValueError as error:
             raise DamagedError(f"{file} has damaged metadata ({error}).") from error
-        found |= {ours.get(name, name): Placed(file, x) for name, x in inside.items()}
+        found |= {ours.get(name, name): x for name, x in inside.items()}
         recorded |= {ours.get(name, name): digest for name, digest in told.items()}
     return found, recorded
 
 
-def _value(file: Path, tensor: Tensor, leaf: Any) -> Any:
+def _value(tensor: Tensor, leaf: Any) -> Any:
     """Read a tensor to where its template is, in its own dtype."""
     target = target_of(leaf, jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
     if target.sharding is not None:
         return jax.make_array_from_callback(
-            tensor.shape, target.sharding, lambda index: tensor_part(file, tensor, index or ())
+            tensor.shape, target.sharding, lambda index: tensor.part(index or ())
         )
-    value = tensor_value(file, tensor)
+    value = tensor.value()
     return jax.device_put(value) if target.on_device else value

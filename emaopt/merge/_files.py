@@ -11,7 +11,6 @@ from etils.epath import Path
 from emaopt._names import role
 from emaopt._tree.checks import written_names
 from emaopt._tree.paths import KeyPath, Tree, nested
-from emaopt.checkpoint._safetensors import tensor_part
 from emaopt.checkpoint._shards import tensors_in
 from emaopt.tf1._files import Checkpoint
 
@@ -34,10 +33,12 @@ class SafetensorsTree:
     def __init__(self, path: Path):
         self.path = path
         self.digests: dict[KeyPath, int] = {}
-        self._places = {tuple(name.split("/")): place for name, place in tensors_in(path).items()}
+        self._tensors = {
+            tuple(name.split("/")): tensor for name, tensor in tensors_in(path).items()
+        }
         self.leaves = {
             name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
-            for name, (_, tensor) in self._places.items()
+            for name, tensor in self._tensors.items()
         }
         self.tree: Tree = _nested(self.leaves)
 
@@ -47,7 +48,7 @@ class SafetensorsTree:
 
     def start(self, wanted: list[tuple[KeyPath, Index]]) -> list[Callable[[], np.ndarray]]:
         """Start to read some blocks. What is returned waits for each."""
-        return [_AHEAD.submit(tensor_part, *self._places[n], index).result for n, index in wanted]
+        return [_AHEAD.submit(self._tensors[name].part, index).result for name, index in wanted]
 
     def check(self, digests: dict[KeyPath, int]) -> None:
         """Do nothing: there is no digest to compare with."""
