@@ -49,6 +49,12 @@ def close(got, want, rtol=1e-6, atol=1e-7, of_largest=0.0):
         _check_none(~same, name, x, y)
 
 
+def near(got, want, share=1e-6):
+    """Assert the same as `close`, up to a share of the largest element of each leaf."""
+    __tracebackhide__ = True
+    close(got, want, rtol=0, atol=0, of_largest=share)
+
+
 def equal(got, want):
     """Assert that two trees have the same structure, dtypes and numbers; 0.0 equals -0.0."""
     __tracebackhide__ = True

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import emaopt
@@ -95,3 +96,19 @@ def full(shapes, dtype=jnp.float32):
 def nbytes(tree):
     """Of all leaves, also abstract ones."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# a leaf of every kind that a checkpoint can hold
+EVERY_KIND = {
+    "float32": jnp.linspace(-1, 1, 24).reshape(4, 6),
+    "bfloat16": jnp.linspace(-1, 1, 24, dtype=jnp.bfloat16),
+    "float8": jnp.arange(24.0).astype(jnp.float8_e4m3fn),
+    "complex64": jnp.arange(4.0).astype(jnp.complex64),
+    "int8": jnp.arange(-4, 4, dtype=jnp.int8),
+    "bool": jnp.asarray([True, False, True]),
+    "key": jax.random.key(3),
+    "float64": np.linspace(-1, 1, 5),
+    "int": 7,
+    "float": 0.1,
+    "str": "words",
+}

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from compare import near
 
 import emaopt
 
@@ -95,13 +96,6 @@ def chain(**options):
     return lambda decay: optax.chain(emaopt.gradient_descent(0.1), emaopt.ema(decay, **options))
 
 
-def assert_close(got, want, share=1e-6):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        largest = np.max(np.abs(np.complex128(b)))
-        np.testing.assert_allclose(np.complex128(a), np.complex128(b), rtol=0, atol=share * largest)
-
-
 @pytest.mark.many(1)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_every_row_is_as_in_an_average_of_all_rows_after_every_step(decay):
@@ -109,7 +103,7 @@ def test_every_row_is_as_in_an_average_of_all_rows_after_every_step(decay):
     _, lazy = lazily(chain(rows=TABLES)(decay), PARAMS, jax.jit(emaopt.average))
     _, dense = densely(chain()(decay), PARAMS)
     for got, want in zip(lazy, dense, strict=True):
-        assert_close(got, want)
+        near(got, want)
 
 
 @pytest.mark.slow
@@ -129,7 +123,7 @@ def test_num_updates_replaces_t():
     extra = {"num_updates": jnp.int32(12)}
     _, lazy = lazily(lazy_tx, PARAMS, emaopt.average, steps=12, **extra)
     _, dense = densely(dense_tx, PARAMS, steps=12, **extra)
-    assert_close(lazy[-1], dense[-1])
+    near(lazy[-1], dense[-1])
 
 
 @pytest.mark.slow
@@ -176,7 +170,7 @@ def test_in_two_bytes_to_their_precision(accumulator):
     )
     assert carry[1][-1].shadow["table"].dtype == jnp.bfloat16
     _, dense = densely(chain()(0.9), PARAMS)
-    assert_close(lazy[-1], dense[-1], 0.05)
+    near(lazy[-1], dense[-1], 0.05)
 
 
 @pytest.mark.slow
@@ -187,7 +181,7 @@ def test_complex_tables():
         optax.chain(descent, emaopt.ema(0.9, rows=TABLES)), params, emaopt.average, steps=20
     )
     _, dense = densely(optax.chain(descent, emaopt.ema(0.9)), params, steps=20)
-    assert_close(lazy[-1], dense[-1])
+    near(lazy[-1], dense[-1])
 
 
 @pytest.mark.slow
@@ -290,7 +284,7 @@ def test_read_settled_or_not_the_training_goes_on_to_the_same_numbers():
     for t, (ids, values) in enumerate(zip(*batches(), strict=True)):
         plain = step(*plain, ids, values, False)
         resumed = step(*resumed, ids, values, t % 9 == 0)
-    assert_close(emaopt.average(*resumed), emaopt.average(*plain))
+    near(emaopt.average(*resumed), emaopt.average(*plain))
 
 
 @pytest.mark.slow
@@ -306,7 +300,7 @@ def test_stacked_and_the_ledger():
     both = emaopt.stacked(*carry)
     for i, decay in enumerate((0.5, 0.95)):
         _, dense = densely(chain()(decay), PARAMS)
-        assert_close(jax.tree.map(lambda x, i=i: x[i], both), dense[-1])
+        near(jax.tree.map(lambda x, i=i: x[i], both), dense[-1])
     ledger = emaopt.ledgers(carry[1])
     (found,) = ledger.values()
     np.testing.assert_allclose(found["initial_weight"], 0.95**STEPS, rtol=1e-4)
@@ -341,7 +335,7 @@ def test_a_dense_step_in_between_is_right_too():
     updates, opt_state = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
     params = optax.apply_updates(params, updates)
     want = jax.tree.map(lambda s, p: s - (s - p) * 0.1, wanted, params)
-    assert_close(emaopt.average(params, opt_state), want)
+    near(emaopt.average(params, opt_state), want)
 
 
 def test_overwritten_rows_are_those_of_the_view():
@@ -364,7 +358,7 @@ def test_reset_it_starts_again_from_the_parameters():
         moved, again[-1], before=params
     )
     want = jax.tree.map(lambda x: x + 0.1, params)
-    assert_close(emaopt.average(moved, state), want)
+    near(emaopt.average(moved, state), want)
 
 
 def test_of_abstract_parameters_it_is_abstract():

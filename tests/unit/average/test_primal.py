@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import near
 from optax import contrib
 from orbax.checkpoint import v1 as ocp
 
@@ -40,14 +41,6 @@ def train(tx, params=PARAMS, noise=NOISE, opt_state=None, promotion="standard"):
     for each in noise:
         params, opt_state = step(params, opt_state, each)
     return params, opt_state
-
-
-def assert_near(got, wanted, tolerance):
-    largest = max(np.abs(x).max() for x in jax.tree.leaves(wanted))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        assert np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() <= (
-            tolerance * largest
-        )
 
 
 def reference(step, decay, interpolation, noise=NOISE, pull=lambda t, v: 0.0):
@@ -85,8 +78,8 @@ def test_the_three_points_are_those_of_the_formula(average, decay, interpolation
     tx = emaopt.primal(optax.sgd(0.2), emaopt.ema(average), interpolation)
     params, opt_state = train(tx)
     y, x = reference(sgd(0.2), decay, interpolation)
-    assert_near(params, y, 2e-6 / (1 - interpolation))
-    assert_near(emaopt.average(params, opt_state), x, 2e-6 / (1 - interpolation))
+    near(params, y, 2e-6 / (1 - interpolation))
+    near(emaopt.average(params, opt_state), x, 2e-6 / (1 - interpolation))
 
 
 @pytest.mark.slow
@@ -97,18 +90,18 @@ def test_optax_trains_the_same_schedule_free_sgd(weight_decay):
         base = optax.chain(optax.add_decayed_weights(weight_decay), base)
     params, opt_state = train(emaopt.primal(base, emaopt.ema(emaopt.power(0))))
     theirs, state = train(contrib.schedule_free_sgd(0.3, weight_decay=weight_decay))
-    assert_near(params, theirs, 1e-5)
+    near(params, theirs, 1e-5)
     wanted = contrib.schedule_free_eval_params(state, theirs)
-    assert_near(emaopt.average(params, opt_state), wanted, 1e-5)
+    near(emaopt.average(params, opt_state), wanted, 1e-5)
 
 
 def test_optax_trains_the_same_schedule_free_adamw():
     base = optax.adamw(0.01, b1=0.0, weight_decay=0.1)
     params, opt_state = train(emaopt.primal(base, emaopt.ema(emaopt.power(0)), 0.95))
     theirs, state = train(contrib.schedule_free_adamw(0.01, b1=0.95, weight_decay=0.1))
-    assert_near(params, theirs, 1e-5)
+    near(params, theirs, 1e-5)
     wanted = contrib.schedule_free_eval_params(state, theirs)
-    assert_near(emaopt.average(params, opt_state), wanted, 1e-5)
+    near(emaopt.average(params, opt_state), wanted, 1e-5)
 
 
 # schedulefree 1.4.1 on PyTorch 2.13.0, 30 steps: y, and x after `opt.eval()`
@@ -146,8 +139,8 @@ def test_schedulefree_trains_to_the_same_points(name):
 def test_without_interpolation_it_is_the_chain():
     tx = emaopt.primal(emaopt.adam(0.01), emaopt.ema(0.9), 0.0)
     got, plain = train(tx), train(optax.chain(emaopt.adam(0.01), emaopt.ema(0.9)))
-    assert_near(got[0], plain[0], 1e-6)
-    assert_near(emaopt.average(*got), emaopt.average(*plain), 1e-6)
+    near(got[0], plain[0], 1e-6)
+    near(emaopt.average(*got), emaopt.average(*plain), 1e-6)
 
 
 def nbytes(tree):
@@ -166,7 +159,7 @@ def test_the_gradient_is_taken_where_the_parameters_are_and_weight_decays_at_eit
     at_z = reference(lambda g, y, z, slots, t: -0.2 * (g + 0.5 * z), lambda t: 0.9, 0.8)
     for at, wanted in (("y", at_y), ("z", at_z)):
         params, opt_state = train(emaopt.primal(decayed, emaopt.ema(0.9), 0.8, at=at))
-        assert_near((params, emaopt.average(params, opt_state)), wanted, 1e-5)
+        near((params, emaopt.average(params, opt_state)), wanted, 1e-5)
     assert np.abs(at_y[1]["w"] - at_z[1]["w"]).max() > 1e-3
 
 
@@ -186,7 +179,7 @@ def test_ftrl_computes_its_parameter_from_its_own_point():
     )
     params, opt_state = train(tx, noise=NOISE[:50])
     wanted = reference(ftrl, lambda t: 0.9, 0.9, NOISE[:50])
-    assert_near((params, emaopt.average(params, opt_state)), wanted, 1e-4)
+    near((params, emaopt.average(params, opt_state)), wanted, 1e-4)
 
 
 def test_pace_pulls_towards_the_average_by_coordinate():
@@ -211,7 +204,7 @@ def test_pace_pulls_towards_the_average_by_coordinate():
     tx = emaopt.primal(optax.adam(rate, b1, b2, eps), average, 0.0, pull=pull_of)
     params, opt_state = train(tx)
     wanted = reference(adam, lambda t: 1 - (1.0 + t) ** -kappa, 0.0, pull=pull)
-    assert_near((params, emaopt.average(params, opt_state)), wanted, 5e-6)
+    near((params, emaopt.average(params, opt_state)), wanted, 5e-6)
 
 
 def test_a_pull_leaves_what_has_no_average():
@@ -226,7 +219,7 @@ def test_a_pull_may_be_a_number():
     tx = emaopt.primal(optax.sgd(0.2), emaopt.ema(0.9), 0.5, pull=0.3)
     params, opt_state = train(tx)
     wanted = reference(sgd(0.2), lambda t: 0.9, 0.5, pull=lambda t, v: 0.3)
-    assert_near((params, emaopt.average(params, opt_state)), wanted, 1e-5)
+    near((params, emaopt.average(params, opt_state)), wanted, 1e-5)
 
 
 @pytest.mark.slow
@@ -253,7 +246,7 @@ def test_accumulated_and_skipped_steps_do_not_count(dtype):
         train(tx, params, NOISE[:20]),
         train(optax.MultiSteps(tx, 2), params, twice),
     )
-    assert_near(accumulated[0], plain[0], 1e-6 if dtype == jnp.float32 else 1e-2)
+    near(accumulated[0], plain[0], 1e-6 if dtype == jnp.float32 else 1e-2)
     bad = jax.tree.map(lambda x: x * np.nan, NOISE[0])
     skipping = optax.apply_if_finite(tx, 10)
     skipped = train(skipping, params, [NOISE[0], bad, *NOISE[1:20]])
@@ -333,7 +326,7 @@ def test_it_scans_with_donation_and_compiles_once():
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *NOISE[:20])
     start = jax.tree.map(jnp.copy, PARAMS)
     carry, _ = scan((start, tx.init(start)), stacked)
-    assert_near(carry[0], train(tx, noise=NOISE[:20])[0], 1e-6)
+    near(carry[0], train(tx, noise=NOISE[:20])[0], 1e-6)
     scan(carry, stacked)
     assert compiling.compilations(scan) == 1
 

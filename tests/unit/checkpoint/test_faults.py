@@ -20,11 +20,12 @@ from compare import bitwise
 from orbax.checkpoint import v1 as ocp
 from processes import finish, together
 from trainer import environment
+from trees import EVERY_KIND
 
 import emaopt
 from emaopt import checkpoint
 from emaopt.checkpoint import DamagedError
-from emaopt.checkpoint._digest import BLOCK, _digest_in_blocks, digests
+from emaopt.checkpoint._digest import digests
 from emaopt.checkpoint._item import Item
 from emaopt.checkpoint._stored import Stored
 
@@ -36,81 +37,13 @@ def single_device():
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-# ---- digests ------------------------------------------------------------------------------------
-
-
-LEAVES = {
-    "float32": jnp.linspace(-1, 1, 24).reshape(4, 6),
-    "bfloat16": jnp.linspace(-1, 1, 24, dtype=jnp.bfloat16),
-    "float8": jnp.arange(24.0).astype(jnp.float8_e4m3fn),
-    "complex64": jnp.arange(4.0).astype(jnp.complex64),
-    "int8": jnp.arange(-4, 4, dtype=jnp.int8),
-    "bool": jnp.asarray([True, False, True]),
-    "key": jax.random.key(3),
-    "float64": np.linspace(-1, 1, 5),
-    "int": 7,
-    "float": 0.1,
-    "str": "words",
-}
-
-
-@pytest.mark.parametrize("name", [n for n, leaf in LEAVES.items() if isinstance(leaf, jax.Array)])
-def test_every_flipped_bit_changes_the_digest(name):
-    leaf = LEAVES[name]
-    raw = jax.random.key_data(leaf) if name == "key" else leaf
-    host = np.asarray(raw)
-    want = np.asarray(digests([leaf]))[0]
-    bits = 1 if name == "bool" else 8
-    for byte in range(host.nbytes):
-        for bit in range(bits):
-            flipped = host.copy()
-            flipped.reshape(-1).view(np.uint8)[byte] ^= 1 << bit
-            assert np.asarray(digests([jnp.asarray(flipped)]))[0] != want
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at_once", [2**22, 3])
-def test_the_digest_is_that_of_the_value_wherever_it_is(at_once, monkeypatch):
-    monkeypatch.setattr("emaopt.checkpoint._digest.ELEMENTS_AT_ONCE", at_once)
-    on_device = [LEAVES[n] for n in ("float32", "bfloat16", "int8", "complex64")]
-    assert np.array_equal(digests(list(map(np.asarray, on_device))), digests(on_device))
-    mesh = jax.make_mesh((4,), ("x",))
-    for spec in ("x", None):
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(spec))
-        sharded = jax.device_put(LEAVES["float32"], sharding)
-        assert np.array_equal(digests([sharded]), digests([LEAVES["float32"]]))
-        mixed = [sharded, jnp.ones(3), 7]  # on four devices, on one, on none
-        assert np.array_equal(digests(mixed), digests([LEAVES["float32"], jnp.ones(3), 7]))
-
-
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "complex64"])
-@pytest.mark.parametrize("size", [12, 13])
-def test_the_digest_in_blocks_is_that_of_the_whole(name, size, monkeypatch):
-    leaf = jnp.resize(LEAVES[name], (size,))
-    leaf = leaf.reshape(3, 4) if size == 12 else leaf
-    want = digests([leaf])
-    monkeypatch.setattr("emaopt.checkpoint._digest.BLOCK", 4)
-    monkeypatch.setattr("emaopt.checkpoint._digest.LARGE", 4)
-    assert np.array_equal(digests([leaf]), want)
-
-
-def test_the_digest_of_a_large_array_takes_little_memory():
-    compiled = _digest_in_blocks.lower(jnp.zeros((2048, 1024)), BLOCK).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**16
-
-
-def test_the_digest_sees_a_swap_of_two_elements():
-    a, b = digests([jnp.asarray([1.0, 2.0])]), digests([jnp.asarray([2.0, 1.0])])
-    assert a[0] != b[0]
-
-
 def test_all_kinds_of_leaves_are_saved_verified_and_resumed(tmp_path):
     tx = optax.chain(optax.sgd(0.1), emaopt.ema(0.9))
     params = {"w": jnp.ones(3)}
     with ocp.training.Checkpointer(tmp_path) as checkpointer:
-        checkpoint.save(checkpointer, 1, params, tx.init(params), **LEAVES)
-        *_, rest = checkpoint.resume(checkpointer, params, tx.init(params), **LEAVES)
-    for name, leaf in LEAVES.items():
+        checkpoint.save(checkpointer, 1, params, tx.init(params), **EVERY_KIND)
+        *_, rest = checkpoint.resume(checkpointer, params, tx.init(params), **EVERY_KIND)
+    for name, leaf in EVERY_KIND.items():
         assert np.array_equal(digests([rest[name]]), digests([leaf])), name
 
 

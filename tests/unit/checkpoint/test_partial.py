@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import close, equal
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
@@ -38,30 +39,19 @@ def resume(run, tx, params=PARAMS, **rest):
         return checkpoint.resume_partial(checkpointer, params, tx.init(params), **rest)
 
 
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
-def assert_close(a, b, tolerance):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance)
-
-
 @pytest.mark.slow
 def test_what_fits_as_a_whole_is_resume(run):
     _, params, opt_state = run
     got = resume(run, OLD, epoch=0)
-    assert_same(got[:2], (params, opt_state))
+    equal(got[:2], (params, opt_state))
     assert got[2:] == ({"epoch": 7}, {})
 
 
 def test_another_optimizer_keeps_parameters_step_and_average(run):
     tx = optax.chain(emaopt.momentum(0.1, 0.9), emaopt.ema(0.5))
     params, opt_state, rest, skipped = resume(run, tx)
-    assert_same(params, run[1])
-    assert_same(opt_state[1], run[2][1])
+    equal(params, run[1])
+    equal(opt_state[1], run[2][1])
     assert opt_state[0].step == 3
     assert not np.any(opt_state[0].slots["momentum"]["w"])
     assert skipped["opt_state/0/slots/momentum/w"] == "is not in the checkpoint"
@@ -70,7 +60,7 @@ def test_another_optimizer_keeps_parameters_step_and_average(run):
 
 def test_an_average_is_switched_off(run):
     params, opt_state, _, skipped = resume(run, emaopt.adam(0.1))
-    assert_same((params, opt_state), (run[1], run[2][0]))
+    equal((params, opt_state), (run[1], run[2][0]))
     assert "opt_state/1" in skipped
 
 
@@ -80,20 +70,20 @@ def test_an_average_is_switched_on_and_starts_as_the_restored_parameters(tmp_pat
         checkpointer.save_checkpointables(3, {"params": params, "opt_state": opt_state})
         fresh = jax.tree.map(jnp.zeros_like, PARAMS)
         got, state, _, skipped = checkpoint.resume_partial(checkpointer, fresh, OLD.init(fresh))
-    assert_same(got, params)
-    assert_same(state[0], opt_state)
-    assert_same(emaopt.average(got, state), params)
+    equal(got, params)
+    equal(state[0], opt_state)
+    equal(emaopt.average(got, state), params)
     assert state[1].step == 0
     assert skipped["opt_state/1/shadow/w"].endswith("the average starts as params/w")
     donated = jax.jit(lambda p, s: (p, s), donate_argnums=(0, 1))(got, state)  # no shared buffer
-    assert_same(donated[0], params)
+    equal(donated[0], params)
 
 
 def test_a_second_average_starts_beside_the_first(run):
     tx = optax.chain(emaopt.adam(0.1), emaopt.ema(0.5), emaopt.ema(0.9))
     params, opt_state, _, skipped = resume(run, tx)
-    assert_same(opt_state[:2], run[2])
-    assert_same(opt_state[2].shadow, params)
+    equal(opt_state[:2], run[2])
+    equal(opt_state[2].shadow, params)
     assert set(skipped) == {
         "opt_state/2/shadow/conv/kernel",
         "opt_state/2/shadow/w",
@@ -109,9 +99,9 @@ def test_another_place_in_the_chain_is_found(run):
         emaopt.heal(emaopt.ema(0.9, ledger=True)),
     )
     params, opt_state, _, skipped = resume(run, tx)
-    assert_same(params, run[1])
-    assert_same(opt_state[2], run[2][0])
-    assert_same(opt_state[3].state.shadow, run[2][1].shadow)
+    equal(params, run[1])
+    equal(opt_state[2], run[2][0])
+    equal(opt_state[3].state.shadow, run[2][1].shadow)
     assert opt_state[3].state.step == 3
     assert "opt_state/3/state/ledger/age" in skipped
     assert "opt_state/2/slots/m/w" not in skipped
@@ -126,8 +116,8 @@ def test_averages_are_found_by_name(tmp_path):
         checkpoint.save(checkpointer, 3, params, opt_state, name="slow")
         tx = optax.chain(optax.named_chain(("slow", emaopt.ema(0.9))), optax.sgd(0.1))
         got, state, _, skipped = checkpoint.resume_partial(checkpointer, PARAMS, tx.init(PARAMS))
-    assert_same(got, params)
-    assert_same(emaopt.average(got, state), emaopt.average(params, opt_state, "slow"))
+    equal(got, params)
+    equal(emaopt.average(got, state), emaopt.average(params, opt_state, "slow"))
     assert "opt_state/fast" in skipped
 
 
@@ -147,16 +137,16 @@ def test_an_average_may_be_stored_in_another_way(run, accumulator, tmp_path):
     with ocp.training.Checkpointer(tmp_path) as checkpointer:
         checkpoint.save(checkpointer, 4, params, opt_state)
         back = checkpoint.resume_partial(checkpointer, PARAMS, OLD.init(PARAMS))
-    assert_close(emaopt.average(*back[:2]), wanted, 2e-5 if wide else 1e-2)
+    close(emaopt.average(*back[:2]), wanted, 2e-5 if wide else 1e-2)
 
 
 def test_a_new_head_stays_as_passed_with_its_average(run):
     like = {**jax.tree.map(jnp.zeros_like, PARAMS), "head": jnp.full(2, 5.0)}
     params, opt_state, _, skipped = resume(run, OLD, like)
-    assert_same({k: params[k] for k in PARAMS}, run[1])
+    equal({k: params[k] for k in PARAMS}, run[1])
     np.testing.assert_array_equal(params["head"], [5.0, 5.0])
     np.testing.assert_array_equal(opt_state[1].shadow["head"], [5.0, 5.0])
-    assert_same({k: opt_state[1].shadow[k] for k in PARAMS}, run[2][1].shadow)
+    equal({k: opt_state[1].shadow[k] for k in PARAMS}, run[2][1].shadow)
     assert opt_state[1].step == 3
     assert skipped["params/head"] == "is not in the checkpoint"
 
@@ -180,7 +170,7 @@ def test_abstract_leaves_are_restored_or_refused(run):
     state = jax.eval_shape(OLD.init, PARAMS)
     with ocp.training.Checkpointer(run[0]) as checkpointer:
         got = checkpoint.resume_partial(checkpointer, abstract, state)
-        assert_same(got[:2], run[1:])
+        equal(got[:2], run[1:])
         more = {**abstract, "head": jax.ShapeDtypeStruct((2,), jnp.float32)}
         with pytest.raises(checkpoint.MismatchError, match=r"params/head is not in.*Pass arrays"):
             checkpoint.resume_partial(checkpointer, more, jax.eval_shape(OLD.init, more))
@@ -200,12 +190,12 @@ def test_a_swapped_state_is_refused(run):
 
 
 def test_the_raw_parameters_alone(run, tmp_path):
-    assert_same(checkpoint.restore_params(run[0], PARAMS), run[1])
-    assert_same(checkpoint.restore_params(run[0] / "3", PARAMS, step=None), run[1])
+    equal(checkpoint.restore_params(run[0], PARAMS), run[1])
+    equal(checkpoint.restore_params(run[0] / "3", PARAMS, step=None), run[1])
     part = checkpoint.restore_params(run[0], {"w": jnp.zeros(3)}, step=3)
-    assert_same(part, {"w": run[1]["w"]})
+    equal(part, {"w": run[1]["w"]})
     ocp.save(tmp_path / "plain", {"params": run[1], "step": 3})
-    assert_same(checkpoint.restore_params(tmp_path / "plain", PARAMS), run[1])
+    equal(checkpoint.restore_params(tmp_path / "plain", PARAMS), run[1])
 
 
 @pytest.mark.parametrize(
@@ -254,6 +244,6 @@ def test_averages_of_rows_go_on_as_they_were(tmp_path):
         fresh = jax.tree.map(jnp.zeros_like, params)
         got = checkpoint.resume_partial(checkpointer, fresh, tx.init(fresh))
     assert got[3] == {}
-    assert_close(emaopt.average(*got[:2]), emaopt.average(params, opt_state), 1e-6)
+    close(emaopt.average(*got[:2]), emaopt.average(params, opt_state), 1e-6)
     one, other = step(params, opt_state, [0, 3]), step(*got[:2], [0, 3])
-    assert_close(emaopt.average(*other), emaopt.average(*one), 1e-6)
+    close(emaopt.average(*other), emaopt.average(*one), 1e-6)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from compare import bitwise
+from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -15,6 +16,7 @@ from train import train
 
 import emaopt
 from emaopt import checkpoint
+from emaopt.checkpoint._safetensors import read_header
 
 
 TX = optax.chain(optax.sgd(0.1), emaopt.ema(0.5))
@@ -235,3 +237,13 @@ def test_sizes_are_written_as_hugging_face_does(text, bytes_):
     from emaopt.checkpoint._shards import as_bytes
 
     assert as_bytes(text) == bytes_
+
+
+def test_a_part_of_a_tensor_is_read(tmp_path):
+    values = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.bfloat16(3)}
+    save_file({k: np.asarray(x) for k, x in values.items()}, tmp_path / "x.safetensors")
+    path = Path(tmp_path / "x.safetensors")
+    found = read_header(path).tensors
+    part = found["a"].part((slice(1, 3), slice(2, 4)))
+    np.testing.assert_array_equal(part, [[6, 7], [10, 11]])
+    assert found["b"].part(()) == 3

@@ -1,4 +1,4 @@
-"""Which checkpoint is read, what of it, and what is said of one that is not what it says."""
+"""What of a checkpoint is read, and what is said of one that is not what it says."""
 
 import gc
 import json
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 import emaopt
 from emaopt import checkpoint
 from emaopt.checkpoint import DamagedError, MismatchError
-from emaopt.checkpoint._run import finished_steps, is_finished, locate
+from emaopt.checkpoint._run import locate
 from emaopt.checkpoint._stored import Stored
 from emaopt.checkpoint._trees import plain
 from emaopt.checkpoint._watch import _state
@@ -35,77 +35,8 @@ def params_of(step):
     return {"w": jnp.full(3, float(step))}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Steps 1, 2, 3, whose averages are 1., 2., 3."""
-    run = tmp_path_factory.mktemp("saved") / "run"
-    with ocp.training.Checkpointer(run) as checkpointer:
-        for step in (1, 2, 3):
-            checkpoint.save(checkpointer, step, params_of(step), TX.init(params_of(step)))
-    return run
-
-
-@pytest.fixture
-def run(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def restored(path, **arguments):
-    return float(checkpoint.restore_averages(path, LIKE, **arguments)["w"][0])
-
-
-# ---- the steps of a run --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("copy", ["backup_20240101", "best_7", "copy_of_3", "٩", "serving_10"])
-def test_a_copy_beside_the_steps_is_no_step(copy, run):
-    shutil.copytree(run / "1", run / copy)
-    assert list(finished_steps(run)) == [1, 2, 3]
-    assert restored(run) == 3.0
-    assert restored(run / copy) == 1.0
-
-
-def test_two_directories_of_one_step_are_an_error_that_names_both(run):
-    shutil.copytree(run / "1", run / "003")
-    with pytest.raises(ValueError, match=r"has step 3 twice: '003' and '3'"):
-        restored(run)
-
-
-def test_steps_may_have_one_prefix_and_a_fixed_length(run):
-    for step in (1, 2, 3):
-        (run / str(step)).rename(run / f"step_{step:08}")
-    assert restored(run) == 3.0
-    assert restored(run, step=2) == 2.0
-    (run / "step_00000002").rename(run / "best_2")
-    with pytest.raises(ValueError, match=r"several names: 'best_2', 'step_00000003'"):
-        restored(run)
-
-
-def test_a_newest_step_that_may_not_be_read_is_an_error(run, monkeypatch):
-    stat = os.stat
-
-    def forbidden(path, **arguments):
-        if "/3/" in str(path):
-            raise PermissionError
-        return stat(path, **arguments)
-
-    monkeypatch.setattr(os, "stat", forbidden)
-    with pytest.raises(PermissionError, match=r"may not be read by this user: '.*/run/3'"):
-        restored(run)
-
-
-def test_a_path_inside_a_checkpoint_is_corrected(run):
-    with pytest.raises(ValueError, match=r"is an item of a checkpoint. Pass '.*/run/3'"):
-        restored(run / "3" / "params")
-
-
-def test_many_steps_are_listed_in_part(tmp_path):
-    for step in range(30):
-        (tmp_path / str(step)).mkdir()
-        (tmp_path / str(step) / "_CHECKPOINT_METADATA").touch()
-    with pytest.raises(FileNotFoundError, match=r"step=99 is not in .* 19\] and 10 more"):
-        restored(tmp_path, step=99)
+def restored(path):
+    return float(checkpoint.restore_averages(path, LIKE)["w"][0])
 
 
 # ---- what is in a checkpoint ---------------------------------------------------------------------
@@ -269,27 +200,6 @@ def test_random_keys_are_resumed_from_abstract_ones(tmp_path):
     item = Stored(tmp_path / "1").items["rest"]
     assert item.key_impl(("plain",)) is None
     assert item.key_impl(("nowhere",)) is None
-
-
-@pytest.mark.parametrize("ocdbt", [True, False])
-def test_a_place_in_a_cloud_is_an_address(ocdbt, run):
-    item = Stored(run / "3").items["params"]
-    item.directory, item._ocdbt = "gs://bucket/run/3/params", ocdbt
-    base = "gs://bucket/run/3/params/"
-    inside = {"driver": "ocdbt", "base": base, "path": "a.b/"}
-    assert item._kvstore(("a", "b")) == (inside if ocdbt else f"{base}a.b/")
-
-
-def test_whether_it_is_finished_in_a_cloud_is_asked_there():
-    class Cloud(str):
-        def __truediv__(self, name):
-            return Cloud(f"{self}/{name}")
-
-        def exists(self):
-            return self == "gs://run/3/_CHECKPOINT_METADATA"
-
-    assert is_finished(Cloud("gs://run/3"))
-    assert not is_finished(Cloud("gs://run/4"))
 
 
 # ---- what reading costs, and what an error says --------------------------------------------------
