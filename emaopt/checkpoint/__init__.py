@@ -73,8 +73,8 @@ def save(
         Whether it was saved: `False` where a policy says no.
 
     Raises:
-        ValueError: something could not be read back, such as an object or an array without
-            elements. It names the leaf, and nothing is written.
+        ValueError: something could not be read back, such as an object, an array without elements,
+            or one that Orbax's context casts. It names the leaf, and nothing is written.
         OSError: the checkpoint could not be written. It names the cause, such as a full disk.
     """
     given = {"name": name, "digest": digest, "custom_metadata": custom_metadata}

@@ -264,7 +264,7 @@ class Stored:
         if stamp != recorded:
             raise DamagedError(
                 f"checkpoint {self.path}: its items are of different saves, as an interrupted copy "
-                "leaves them. Use another step."
+                "leaves them, or were cast when they were saved. Use another step."
             )
         step = stamp[0] + stamp[1] * 2**32 if stamp else 0
         if step != UNTOLD and _number(self.path.name) not in (None, step):

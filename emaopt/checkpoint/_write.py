@@ -6,6 +6,7 @@ from orbax.checkpoint import v1 as ocp
 
 from emaopt._tree.paths import Tree
 
+from ._context import check_context
 from ._errors import saving
 from ._items import inventory, new_stamp, with_digests
 from ._run import as_step, check_checkpointer, check_writable
@@ -55,8 +56,10 @@ def write(
         orbax: Orbax's arguments.
 
     Raises:
+        ValueError: Orbax's context would cast a leaf.
         OSError: the checkpoint could not be written. It names the cause.
     """
+    check_context(checkpointer, items)
     stamp = new_stamp(step) if digest else None
     if digest:
         items = with_digests(items, stamp)

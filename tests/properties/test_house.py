@@ -50,7 +50,7 @@ FLOORS = {
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
-    "checkpoint": "_errors _leaf _digest _place _run _trees"
+    "checkpoint": "_context _errors _leaf _digest _place _run _trees"
     " | _roots | _contents _item _safetensors _verify | _stored _items _shards"
     " | _blocks _frame _write"
     " | _partial _export _snapshot _watch | _resume | _managers | __init__",

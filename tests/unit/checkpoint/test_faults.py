@@ -1,5 +1,6 @@
 """DamagedError files, killed processes, several processes: nothing wrong is ever loaded."""
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 import trainer
-from compare import bitwise
+from compare import bitwise, equal
 from orbax.checkpoint import v1 as ocp
 from processes import finish, together
 from trainer import environment
@@ -366,3 +367,46 @@ def test_one_of_two_processes_killed_leaves_the_newest_step_right(tmp_path):
     for out in finish(trainers(tmp_path / "run", step + 1), 180):
         assert f"resumed {step}\n" in out
     assert check_newest(tmp_path / "run") == step + 1
+
+
+def in_half(keys, leaf):
+    """What Orbax asks for each leaf: how it is stored."""
+    del leaf
+    dtype = jnp.float16 if "shadow" in jax.tree_util.keystr(keys) else None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(dtype=dtype, chunk_byte_size=16)
+
+
+@pytest.mark.parametrize("where", ["around the call", "of the checkpointer"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, None])
+def test_a_context_that_casts_is_refused(where, dtype, tmp_path):
+    context = ocp.Context()
+    if dtype is None:
+        context.array.saving.scoped_storage_options_creator = in_half
+    else:
+        context.array.saving.storage_options.dtype = dtype
+    params = {"w": jnp.arange(12.0)}
+    state = emaopt.ema(0.9).init(params)
+    around = context if where == "around the call" else contextlib.nullcontext()
+    given = {} if where == "around the call" else {"context": context}
+    name, cast = ("opt_state/shadow/w", "float16") if dtype is None else ("params/w", "bfloat16")
+    message = f"would cast '{name}' from float32 to {cast}, .*Leave it out of the context"
+    with around, ocp.training.Checkpointer(tmp_path, **given) as checkpointer:
+        with pytest.raises(ValueError, match=message):
+            checkpoint.save(checkpointer, 1, params, state, epoch="one")
+        assert checkpointer.latest is None
+
+
+def test_a_context_that_does_not_cast_is_followed(tmp_path):
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = in_half
+    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = False
+    params = {"w": jnp.arange(12, dtype=jnp.float16)}
+    state = emaopt.ema(0.9, accumulator_dtype=jnp.float16).init(params)
+    with context, ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpoint.save(checkpointer, 1, params, state, epoch="one")
+    assert list(tmp_path.glob("1/params/w/.zarray"))
+    equal(checkpoint.restore_averages(tmp_path, params), params)
+    context.array.saving.storage_options.dtype = jnp.float16
+    refused = pytest.raises(ValueError, match="'opt_state/step' from int32 to float16")
+    with context, ocp.training.Checkpointer(tmp_path) as checkpointer, refused:
+        checkpoint.save(checkpointer, 2, params, state, epoch="one")
