@@ -2,14 +2,17 @@
 
     nice python benchmarks/merge.py            # some minutes, and 1.2 GB of disk for a while
     nice python benchmarks/merge.py --mb 40
+    nice python benchmarks/merge.py --only errors    # printed alone; seconds
 
 The peak of the memory, above that of a tiny run: for many arrays, for one array in chunks, and for
 one large array. The time as a ratio of reading the checkpoints and writing the result by plain
 Orbax. The error of the sum, beside float32 as Megatron-LM's `weighted_merge.py` adds up (its rule,
-our code). Writes `results/merge.md`.
+our code). And what a predicted error means for the loss, in a quadratic model whose expected losses
+are exact. Writes `results/merge.md`.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -28,6 +31,7 @@ from timing import table
 
 from emaopt import posthoc
 from emaopt.merge import Run
+from emaopt.posthoc._fit import fit, profile_of
 
 
 COUNT = 4  # checkpoints
@@ -192,23 +196,115 @@ def digits(directory):
     ]
 
 
+UPDATES, RATE = 1000, 0.1
+CURVATURES = np.geomspace(5, 0.008, 24)
+# of a direction with curvature h: where it starts, and its noise in a gradient
+MODELS = {
+    "noise alone": lambda h: (0.0, 1.0),
+    "noise by curvature": lambda h: (30.0, h**0.5),
+    "still on its way": lambda h: (43.0 if h < 0.2 else 3.0, 1.0),
+}
+SHAPES = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - np.sqrt(x)}
+WINDOWS = (50, 100, 200, 500)
+RECORDED = ((0.05,), (0.1,), (0.2,), (0.05, 0.1))  # sigma_rel of power averages
+SPACINGS = (25, 50, 100, 125, 250, 500)
+BOUNDS = (0, 0.15, 0.35, 0.5, 0.7, 1, 3)
+
+
+def loss_of_sums(model, weights):
+    """The expected loss at sums of the iterates of SGD, whose weights are columns [T + 1, k]."""
+    loss = 0
+    past = np.subtract.outer(np.arange(UPDATES + 1), np.arange(UPDATES + 1))
+    for h in CURVATURES:
+        start, noise = model(h)
+        kept = np.where(past >= 0, (1 - RATE * h) ** np.maximum(past, 0), 0)
+        share = kept.T @ weights  # of the start, and of the noise of each update
+        share *= np.array([start, *[RATE * noise] * UPDATES])[:, None]
+        loss = loss + h / 2 * (share[0] ** 2 + np.square(share[1:]).sum(0))
+    return loss
+
+
+def loss_annealed(model, rates):
+    """The expected loss at the end of SGD with these rates."""
+    loss = 0
+    for h in CURVATURES:
+        start, noise = model(h)
+        kept = np.cumprod((1 - rates * h)[::-1])[::-1]
+        after = np.append(kept[1:], 1)
+        loss += h / 2 * ((kept[0] * start) ** 2 + np.square(rates * noise * after).sum())
+    return loss
+
+
+def errors():
+    """What predicted errors mean for the loss: of merges, of their targets, and of real decays."""
+    cases, weights, real = [], [], {}
+    for name, n in itertools.product(SHAPES, WINDOWS):
+        rates = np.full(UPDATES, RATE)
+        rates[-n:] *= SHAPES[name](np.arange(n) / n)
+        real[name, n] = rates
+    for (name, n), sigmas, every in itertools.product(real, RECORDED, SPACINGS):
+        if n % every:
+            continue
+        steps = range(every, UPDATES + 1, every)
+        sources = [posthoc.gamma(s) for s in sigmas]
+        target = posthoc.anneal(SHAPES[name](np.arange(0, n, every) / n), UPDATES, every)
+        pairs = [(step, source) for step in steps for source in sources]
+        factors, error = fit(pairs, UPDATES, target)
+        columns = [np.pad(profile_of(g, t), (0, UPDATES - t)) for t, g in pairs]
+        inside = [step for step in steps if step > UPDATES - n]
+        cases.append((name, n, error))
+        weights += [np.transpose(columns) @ factors, target]
+        weights.append(posthoc.anneal(SHAPES[name], UPDATES, on=inside))
+    more = {(low, high): [] for low, high in itertools.pairwise(BOUNDS)}
+    for model in MODELS.values():
+        losses = loss_of_sums(model, np.stack(weights, axis=1)).reshape(-1, 3)
+        decayed = {key: loss_annealed(model, rates) for key, rates in real.items()}
+        for (name, n, error), (made, wanted, plain) in zip(cases, losses, strict=True):
+            (bounds,) = [b for b in more if b[0] <= error < b[1]]
+            truth = decayed[name, n]
+            found = [made / wanted, made / truth, wanted / truth, plain / truth]
+            more[bounds].append(np.array(found) - 1)
+    rows = [
+        [f"{low:g} to {high:g}", str(len(found))]
+        + [f"{a:+.0%} to {b:+.0%}" for a, b in zip(np.min(found, 0), np.max(found, 0), strict=True)]
+        for (low, high), found in more.items()
+    ]
+    head = ["predicted error", "cases", "merged, beside its target", "merged, beside a real decay"]
+    return [
+        "",
+        "## What a predicted error means",
+        "",
+        f"Expected losses, exact, of SGD in {len(CURVATURES)} directions of a quadratic model: "
+        f"{', '.join(MODELS)}. Averages of sigma_rel 0.05, 0.1, 0.2, or the first two are saved "
+        "every 1/40 to 1/2 of the run, and merged to linear and 1-sqrt decays over its last 1/20, "
+        "1/10, 1/5 and 1/2. The target is the sum with exactly the weights that were asked for. "
+        "The last column merges the plain parameters of the same checkpoints.",
+        "",
+        *table([*head, "target, beside a real decay", "plain, beside a real decay"], rows),
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mb", type=int, default=200)
+    parser.add_argument("--only", choices=["memory", "seconds", "digits", "errors"])
     parser.add_argument("--tmp", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     directory = Path(tempfile.mkdtemp(dir=args.tmp))
+    sections = {
+        "memory": lambda: memory(args.mb, directory),
+        "seconds": lambda: seconds(args.mb, directory),
+        "digits": lambda: digits(directory),
+        "errors": errors,
+    }
     try:
-        lines = [
-            *memory(args.mb, directory),
-            *seconds(args.mb, directory),
-            *digits(directory),
-        ]
+        parts = {name: make() for name, make in sections.items() if args.only in (None, name)}
     finally:
         shutil.rmtree(directory)
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(line for lines in parts.values() for line in lines) + "\n"
     print(text)
-    (RESULTS / "merge.md").write_text(text)
+    if args.only is None:
+        (RESULTS / "merge.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def _add_recorded(merge: argparse.ArgumentParser) -> None:
     merge.add_argument(
         "--threshold",
         type=float,
-        default=0.15,
+        default=0.5,
         metavar="E",
         help="the predicted error above which nothing is written; default: %(default)s",
     )

@@ -13,7 +13,6 @@ from emaopt._tree.numbers import is_inexact
 from emaopt._tree.paths import KeyPath
 from emaopt.checkpoint._run import pick
 from emaopt.checkpoint._stored import Stored
-from emaopt.posthoc import THRESHOLD
 from emaopt.posthoc._fit import Source, fit, profile_of
 
 from ._averages import Recorded, averages_in, recognized, short_names, told
@@ -24,6 +23,9 @@ from ._plan import Plan
 from ._sum import Part, Term
 
 
+# up to here a merge has nearly the loss of its target (docs/averaging.md); above it, the sum is
+# another average than the one that was asked for
+THRESHOLD = 0.5
 NEGLIGIBLE = 1e-9  # a factor beside the largest one: less than float32 resolves
 PLAIN = "parameters"  # what the plain parameters are called among the sources
 
@@ -139,7 +141,8 @@ class Run:
         Args:
             target: A gamma, a decay, or the weights of the initial parameters and of each update,
                 [at + 1], such as `posthoc.anneal(..., at=run.at, on=run.steps)`.
-            threshold: The largest predicted error.
+            threshold: The largest predicted error. What is above `posthoc.THRESHOLD`, 0.15, is near
+                the target and not the same; see `Plan.residual`.
             note: What the metadata of the new checkpoint says of the target.
 
         Returns:

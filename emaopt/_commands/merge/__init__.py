@@ -16,7 +16,7 @@ from emaopt.merge import Plan, Run, soup
 from emaopt.merge._find import TF1, checkpoints, newest
 from emaopt.merge._ledgers import parse
 
-from .report import Report, draw, list_targets, noise, predicted
+from .report import CLOSE, Report, draw, list_targets, needed, noise, note, predicted
 from .target import DECAYS, Target, target_of
 
 
@@ -78,10 +78,17 @@ def command(
     elif curve:
         _curve(run, target, threshold, destination, report)
     else:
-        plan = run.plan(target.of(run), threshold, target.text)
+        plan = run.plan(target.of(run), np.inf, target.text)
+        advice = needed(run, target) if plan.residual > min(CLOSE, threshold) else ""
+        if plan.residual > threshold:
+            raise ValueError(
+                f"{target.text} is out of reach: its predicted error {plan.residual:.2g} is above "
+                f"--threshold {threshold:g}. {advice}"
+            )
         _introduce(run, threshold, report)
         about = {"target": target.text, "residual": plan.residual, "noise": plan.noise}
-        report.tell(about, f"{target.text}: {predicted(plan)}")
+        lines = [f"The sum comes near the target, and is not the same. {advice}."] if advice else []
+        report.tell(about, f"{target.text}: {predicted(plan)}", *lines)
         _merge(plan, destination, report)
     report.end()
 
@@ -174,9 +181,7 @@ def _curve(run: Run, target: Target, threshold: float, destination: Any, report:
         plan = then.plan(target.of(then), np.inf, target.text)
         row = {"at": step, "residual": plan.residual, "noise": plan.noise}
         rows.append(row | {"within": plan.residual <= threshold})
-        report.tell(
-            {}, f"{step:>10}  {predicted(plan)}" + "  out of reach" * (not rows[-1]["within"])
-        )
+        report.tell({}, f"{step:>10}  {predicted(plan)}{note(plan.residual, threshold)}")
         if not destination or not rows[-1]["within"]:
             continue
         if step in there:

@@ -1,12 +1,13 @@
 """Print and draw what is predicted of targets."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from emaopt import posthoc
 from emaopt._average.decays import gamma, sigma_rel
 from emaopt._extras import require
 from emaopt.merge import Plan, Run
@@ -16,6 +17,8 @@ from .target import Target, part_of, spacing
 
 
 GRID = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.28)
+CLOSE = posthoc.THRESHOLD  # below it, a predicted error is hardly seen
+MOST = 256  # checkpoints that are thought of: of more, least squares would take seconds
 SHARES = (0.01, 0.03, 0.1, 0.3)  # of the updates so far: half-lives and windows
 
 
@@ -46,6 +49,31 @@ def predicted(plan: Plan) -> str:
     return f"{len(plan.parts[0].terms)} checkpoints, {noise(plan)}{error}"
 
 
+def needed(run: Run, target: Target) -> str:
+    """Return how often averages would have to be saved for a small predicted error."""
+    if run.is_plain:
+        return (
+            "Of plain parameters ask for --mean, --linear, --one-minus-sqrt, --cosine or --factors"
+        )
+    weights = profile_of(target.of(run), run.at)
+    for times in (2, 4, 8):
+        every = run.at // (times * len(run.steps))
+        if every < 1 or times * len(run.steps) > MOST:
+            break
+        then = _saved_every(every, run).residual(weights)
+        if then <= CLOSE:
+            return f"With averages that are saved every {every} updates it would be {then:.2g}"
+    return "More checkpoints, or a second average, would make it smaller"
+
+
+def _saved_every(updates: int, run: Run) -> Run:
+    """Return a run as if its averages had been saved so often. Nothing can be read from it."""
+    last = [snapshot for snapshot in run.snapshots if snapshot.updates == run.at]
+    steps = reversed(range(run.at, 0, -updates))
+    snapshots = [snapshot._replace(updates=step) for step in steps for snapshot in last]
+    return replace(run, snapshots=snapshots)
+
+
 def noise(plan: Plan) -> str:
     """Return how much of the noise of one checkpoint is left in the mean of several."""
     return f"{plan.noise:.3g} of the noise of one checkpoint remains"
@@ -59,16 +87,23 @@ def list_targets(run: Run, threshold: float, report: Report) -> None:
     lines = [f"{'target':{wide}}  {'mean age':>10}  {last}"]
     for row in rows:
         value = row["noise"] if run.is_plain else row["residual"]
-        note = "" if row["within"] else "  out of reach"
+        mark = note(row["residual"], threshold)
         lines.append(
-            f"{row['target']:{wide}}  {row['mean_age']:>10.6g}  {value:>{len(last)}.2g}{note}"
+            f"{row['target']:{wide}}  {row['mean_age']:>10.6g}  {value:>{len(last)}.2g}{mark}"
         )
     end = (
         "Mean age: in updates. Noise: of one checkpoint, in squares."
         if run.is_plain
-        else f"Out of reach is what is above --threshold {threshold:g}."
+        else f"Roughly: above {CLOSE:g}. Out of reach: above --threshold {threshold:g}."
     )
     report.tell({"targets": rows}, *lines, "", end)
+
+
+def note(error: float, threshold: float) -> str:
+    """Return what is to be said of a predicted error."""
+    if error > threshold:
+        return "  out of reach"
+    return "  roughly" if error > CLOSE else ""
 
 
 def _targets(run: Run) -> list[Target]:

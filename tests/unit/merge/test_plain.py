@@ -292,7 +292,7 @@ MISTAKES = {
     "{plain} --window x% new": "'x%' is no share of the updates, such as 10%",
     "{plain} --factors 0.5,0.6,0.1 new": r"factors=\[0.5, 0.6, 0.1\] rises",
     "{plain} --factors 0.5,x new": "'0.5,x' is no list of numbers",
-    "{plain} --half-life 20 new": "target is out of reach: residual",
+    "{plain} --half-life 20 new": "error 2 is above --threshold 0.5. Of plain parameters ask",
     "{plain} --mean {plain}": "plain.*/run exists. Pass another DESTINATION",
     "{plain} --mean --at 35 new": r"step=35 is not in .*run. Pass one of \[10, 20, 30, 40\]",
     "{plain} {plain} new --weights 1,2": "are 2 numbers with the sum 3, for 2 checkpoints. Pass a",

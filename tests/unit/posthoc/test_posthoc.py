@@ -316,6 +316,21 @@ def test_falls_on_steps_are_those_of_the_factors_between_them():
     assert posthoc.anneal([], at=2, on=[1]).tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.9, 0.98])  # of the noise, from one update to the next
+def test_a_sum_that_is_near_its_target_has_nearly_its_loss(kept):
+    t = np.arange(401)
+    covariance = kept ** np.abs(np.subtract.outer(t, t))
+    steps, target = range(50, 401, 50), posthoc.anneal(1 - np.sqrt([0, 0.25, 0.5, 0.75]), 400, 50)
+    source = posthoc.gamma(0.1)
+    factors = posthoc.weights(steps, source, at=400, target=target, threshold=0.5)
+    error = posthoc.residual(steps, source, at=400, target=target)
+    assert 0.3 < error < 0.5
+    profiles = [np.pad(emaopt.profile(emaopt.power(source), s), (0, 400 - s)) for s in steps]
+    made = factors @ profiles
+    loss, wanted = made @ covariance @ made, target @ covariance @ target
+    assert 0.9 < loss / wanted < (1.05 if kept else 1.001 + error**2)
+
+
 FEW = {"steps": [250, 500, 750, 1000], "gammas": TWO, "at": 1000}
 
 
