@@ -82,7 +82,7 @@ def test_damage_of_what_was_read_is_named_and_nothing_is_written(tmp_path, monke
     with pytest.raises(checkpoint.DamagedError, match="the digests of item 'params' are damaged"):
         plan.write(tmp_path / "out")
     tree.stored.read = read
-    monkeypatch.setattr("emaopt.merge._orbax.digest_of_block", lambda *_: 1)
+    monkeypatch.setattr("emaopt.checkpoint._blocks.digest_of_block", lambda *_: 1)
     with pytest.raises(checkpoint.DamagedError, match="params/w is damaged: its bits are not"):
         plan.write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
