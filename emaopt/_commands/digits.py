@@ -193,13 +193,13 @@ def evaluate(checkpoint: Path) -> float:
 
 
 def draw(history: np.ndarray, path: Path) -> None:
-    """Draw both accuracies over the epochs, as a PNG picture."""
+    """Draw both accuracies over the epochs, as a PNG picture for light and dark pages."""
     epochs = np.arange(1, len(history) + 1)
     raw, averaged = 100 * history[:, 1:].T
-    blue, orange = "#1f4e9c", "#c2703d"
+    blue, orange, grey = "#4184e4", "#d1742f", "#737b85"
     figure = Figure(figsize=(7.2, 4.2), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.fill_between(epochs, raw, averaged, where=averaged >= raw, color=blue, alpha=0.08, lw=0)
+    axes.fill_between(epochs, raw, averaged, where=averaged >= raw, color=blue, alpha=0.12, lw=0)
     axes.plot(epochs, raw, color=orange, lw=1.3, marker="o", ms=3)
     axes.plot(epochs, averaged, color=blue, lw=2.2, marker="o", ms=4)
     for name, values, others, color in (
@@ -218,17 +218,21 @@ def draw(history: np.ndarray, path: Path) -> None:
     # the first epochs would flatten the rest
     axes.set_ylim(max(0.0, 100 - 6 * max(0.5, 100 - averaged[-1])), 100)
     axes.set_xlim(0, 1.01 * epochs[-1])
-    axes.set(xlabel="epoch", ylabel="test digits read right (%)")
+    axes.set_xlabel("epoch", color=grey)
+    axes.set_ylabel("test digits read right (%)", color=grey)
     axes.set_title(
         f"In {np.sum(averaged > raw)} of {len(epochs)} epochs the averaged parameters read more "
         "digits right\nthan the raw ones of the same epoch",
         loc="left",
         fontsize=11,
+        color=grey,
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", alpha=0.25)
+    axes.grid(axis="y", color=grey, alpha=0.25)
+    axes.tick_params(colors=grey)
+    axes.spines[["left", "bottom"]].set_color(grey)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    figure.savefig(path, transparent=True)
 
 
 def _check_same_run(seed: int, epochs: int, saved_seed: int, done: int) -> None:

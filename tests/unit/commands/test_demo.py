@@ -120,7 +120,7 @@ def test_the_picture_shows_both_curves(finished):
     out, _ = finished
     pixels = np.round(imread(out / "accuracy.png") * 255).astype(int)
     assert pixels.shape == (420, 720, 4)
-    for color in "#1f4e9c", "#c2703d":
+    for color in "#4184e4", "#d1742f":
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert np.sum(np.all(pixels[..., :3] == rgb, axis=-1)) > 300
 
