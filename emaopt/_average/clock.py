@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from emaopt._tree.checks import LAST_STEP, check_scalar, whole
+from emaopt._tree.checks import LAST_STEP, NOT_NEGATIVE, check_scalar, describe, whole
 
 from .decay import Decay
 
@@ -30,6 +30,17 @@ def as_advance(advance: Any) -> Any:
             "whole numbers. Pass one integer: tokens.astype(jnp.int32)."
         )
     return jnp.maximum(advance, 0).astype(jnp.int32)
+
+
+def as_count(num_updates: Any) -> Any:
+    """Return the argument `num_updates`, or raise. The value of a JAX array is not checked."""
+    if not isinstance(num_updates, jax.Array):
+        check_scalar("num_updates", num_updates, *NOT_NEGATIVE)
+    elif num_updates.shape != () or jnp.issubdtype(num_updates.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"num_updates is {describe(num_updates)}, and t is one number. Pass a scalar."
+        )
+    return num_updates
 
 
 def advanced(step: jax.Array, advance: Any) -> jax.Array:

@@ -14,13 +14,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from emaopt._tree.checks import check_array, check_shape, shown
+from emaopt._tree.checks import check_array, check_flag, check_shape, shown
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import apply_update, by_path, tree_map, zip_leaves
 from emaopt._tree.numbers import is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
-from .clock import advanced, as_advance, rate_of_update
+from .clock import advanced, as_advance, as_count, rate_of_update
 from .decay import DecayLike, as_decay, show
 from .decays import SCALE_FREE
 from .lazy import Mask, settled, start as start_rest, touch
@@ -137,6 +137,7 @@ def moving_average(
         {'w': Array([4.], dtype=float32)}
     """
     decay = as_decay(decay)
+    check_flag("ledger", ledger)
     rounding = as_rounding(accumulator_dtype)
 
     def init(values: Tree) -> EmaState:
@@ -163,7 +164,7 @@ def moving_average(
             state = settled(by_path(resting), state, rounding, is_known=before is not None)
         units = as_advance(advance)
         step = advanced(state.step, units)
-        rate = rate_of_update(decay, step if num_updates is None else num_updates, units)
+        rate = rate_of_update(decay, step if num_updates is None else as_count(num_updates), units)
         trees = {"state.shadow": state.shadow}
         if rounding.has_residue:
             trees["state.residue"] = state.residue
@@ -294,6 +295,7 @@ def ema(
         >>> state[-1].shadow
         Array([4.], dtype=float32)
     """
+    check_flag("sequential_update", sequential_update)
     core = moving_average(decay, accumulator_dtype=accumulator_dtype, ledger=ledger, rows=rows)
 
     def update(updates, state, params=None, *, num_updates=None, advance=1, **extra):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from emaopt._tree.checks import SHARE, Range, check, whole
+from emaopt._tree.checks import SHARE, Range, check_scalar, whole
 from emaopt._tree.leaves import apply_update, by_path, tree_map
 from emaopt._tree.numbers import is_concrete, is_inexact, wide
 from emaopt._tree.paths import Tree
@@ -73,9 +73,9 @@ def overwrite(
       [8.] [4.]
       [10.] [10.]
     """
-    check("n", n, *whole(1))
+    check_scalar("n", n, *whole(1))
     if not callable(strength):
-        check("strength", strength, *SHARE)
+        check_scalar("strength", strength, *SHARE)
     _check_transformation("tx", tx, "emaopt.ema(decay)")
     inner = optax.with_extra_args_support(tx)
     if outer is not None:
@@ -230,9 +230,9 @@ def primal(
 def _check_primal(interpolation: Any, pull: Any, at: str) -> None:
     """Raise unless the numbers of `primal` are in range, and the point is one of its points."""
     below_one = Range(lambda x: (x >= 0) & (x < 1), "a number from 0 to below 1")
-    check("interpolation", interpolation, *below_one)
+    check_scalar("interpolation", interpolation, *below_one)
     if not callable(pull):
-        check("pull", pull, *SHARE)
+        check_scalar("pull", pull, *SHARE)
     if at not in ("y", "z"):
         raise ValueError(f"at={at!r} is not a point. Pass 'y' or 'z'.")
 

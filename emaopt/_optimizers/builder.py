@@ -185,6 +185,8 @@ def _at(name: str, value: Any, step: jax.Array) -> Any:
             f"{name} is a schedule that returned {now!r}, not a number. Return a scalar: "
             "`lambda step: 0.1 / (1 + step)`; a `def` needs its `return`."
         )
+    if not isinstance(now, jax.Array) and not np.isfinite(now):
+        raise ValueError(f"{name} is a schedule that returned {now!r}. Return a finite number.")
     return now
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from emaopt._tree.checks import NOT_NEGATIVE, POSITIVE, check
+from emaopt._tree.checks import NOT_NEGATIVE, POSITIVE, check, check_flag
 
 from .builder import optimizer
 from .learning_rate import LearningRate
@@ -84,6 +84,7 @@ def momentum(
         >>> tx.update(jnp.array([2.0]), state, p)[0]
         Array([-3.], dtype=float32)
     """
+    check_flag("use_nesterov", use_nesterov)
 
     def rule(g, p, a, *, learning_rate, momentum):
         a = a * momentum + g
@@ -324,6 +325,7 @@ def rmsprop(
         >>> tx.update(jnp.array([4.0]), tx.init(p), p)[0]  # -4 / sqrt(16 + 9)
         Array([-0.8], dtype=float32)
     """
+    check_flag("centered", centered)
 
     def rule(g, p, rms, mom, *, learning_rate, decay, momentum, epsilon):
         rms = rms + (g * g - rms) * (1 - decay)

@@ -99,14 +99,22 @@ def check(name: str, value, good: Callable, wanted: str) -> None:
     if not is_concrete(value):
         return
     try:
-        array = np.asarray(value)
+        array = np.asarray(float(value) if type(value) is int else value)
         if jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(np.float64)  # float16 does not know the bounds of float32
-        fine = np.all(good(array))
-    except TypeError:  # not a number
+        fine = array.dtype.kind not in "bc" and np.all(good(array))
+    except (TypeError, OverflowError):  # not a number, or one with hundreds of digits
         fine = False
     if not fine:
-        raise ValueError(f"{name}={value!r} is out of range. Pass {wanted}.")
+        shown_ = repr(value)
+        shown_ = shown_ if len(shown_) <= 200 else shown_[:200] + "..."
+        raise ValueError(f"{name}={shown_} is out of range. Pass {wanted}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless an argument is True or False. The text "False" would be taken for True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value!r} is neither True nor False. Pass one of them.")
 
 
 def check_scalar(name: str, value, good: Callable, wanted: str) -> None:

@@ -287,11 +287,19 @@ def _find(tree: Tree, tables: Mapping[str, Rows]) -> tuple[list, Any, list[Rows 
         arrays = [i for i in places if getattr(leaves[i], "ndim", 0) > 0]
         if not arrays:
             raise ValueError(f"tree has no array at leaf {name!r}. Leave it out of tables.")
-        # of the widest: Adafactor keeps sums of rows and of columns beside it, step counts are []
-        number = leaves[max(arrays, key=lambda i: leaves[i].ndim)].shape[0]
-        _check_inside(name, table, number)
+        # the parameter, if it is in the tree; of a state alone the widest: Adafactor keeps sums of
+        # rows and of columns beside it, step counts are []
+        own = [i for i in arrays if names[i] in (name, f"0/{name}")] or arrays
+        whole = leaves[max(own, key=lambda i: leaves[i].ndim)]
+        _check_inside(name, table, whole.shape[0])
         for i in arrays:
-            if leaves[i].shape[0] == number:
+            if whole.ndim > 1 and leaves[i].shape[1:] == whole.shape:
+                raise ValueError(
+                    f"tree has {describe(leaves[i])} at {names[i]!r}, a history of the table "
+                    f"{name!r}, of which no rows can be taken. Pass the state of an optimizer "
+                    "without one (L-BFGS has one)."
+                )
+            if leaves[i].shape[0] == whole.shape[0]:
                 check_can_be_taken(name, names[i], names)
                 tables_of[i] = table
     return leaves, treedef, tables_of

@@ -69,6 +69,8 @@ def export_averages(
     destination = Path(destination)
     if destination.exists():
         raise FileExistsError(f"destination={destination} exists. Remove it or pass another path.")
+    if isinstance(rest, str):
+        raise ValueError(f"rest={rest!r} is one string. Pass a list: [{rest!r}].")
     like = stored.params_like(name) if like is None else like
     if destination.suffix == ".safetensors":
         most = as_bytes(max_shard_size)

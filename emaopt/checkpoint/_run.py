@@ -82,11 +82,20 @@ def locate(path: Any, step: Any = None) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
+        OSError: it cannot be looked at, such as a cloud without a network.
         ValueError: the path is relative, of TF1, or inside a checkpoint.
     """
-    path = Path(path)
-    if not path.is_absolute() and "://" not in str(path):
-        raise ValueError(f"path={str(path)!r} is relative. Pass an absolute path.")
+    path = as_path("path", path)
+    try:
+        return _located(path, step)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # the client of a cloud has types of its own
+        why = f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        raise OSError(f"path={str(path)!r} cannot be looked at. {why}") from error
+
+
+def _located(path: Path, step: Any) -> Path:
     if step is None:
         if is_finished(path):
             return path
@@ -102,6 +111,20 @@ def locate(path: Any, step: Any = None) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"path={str(path)!r} is not a directory. Pass a checkpoint or run.")
     return pick(found, step, path)
+
+
+def as_path(argument: str, path: Any) -> Path:
+    """Return an argument as an absolute path, or as an address in a cloud.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"{argument}={path!r} is no path. Pass a str or a pathlib.Path.")
+    path = Path(path)
+    if not path.is_absolute() and "://" not in str(path):
+        raise ValueError(f"{argument}={str(path)!r} is relative. Pass an absolute path.")
+    return path
 
 
 def pick(found: dict[int, Path], step: Any, directory: Any) -> Path:
@@ -122,7 +145,7 @@ def pick(found: dict[int, Path], step: Any, directory: Any) -> Path:
     return found[wanted]
 
 
-def as_step(step: Any) -> int:
+def as_step(step: Any, argument: str = "step") -> int:
     """Return the number of a step, which may be an integer array [].
 
     Raises:
@@ -130,7 +153,9 @@ def as_step(step: Any) -> int:
     """
     number = np.asarray(step)
     if number.ndim or number.dtype.kind not in "iu" or number < 0:
-        raise ValueError(f"step={step!r} is not the number of a step. Pass an int, 0 or above.")
+        raise ValueError(
+            f"{argument}={step!r} is not the number of a step. Pass an int, 0 or above."
+        )
     return int(number)
 
 

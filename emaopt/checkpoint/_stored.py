@@ -146,6 +146,8 @@ class Stored:
             MismatchError: names, shapes or dtypes differ; all problems at once, before anything is
                 read.
         """
+        if not wanted:
+            raise ValueError("like has no leaves. Pass the parameters, real or abstract.")
         for leaf_name, leaf in wanted.items():
             check_array("/".join(leaf_name), leaf, "like")
         contents = self.contents
@@ -158,7 +160,7 @@ class Stored:
             also = leaf if free else forms[place.param]
             wrong.append(differs("/".join(place.path), leaf, forms[place.path], also))
         lost = [leaf_name for leaf_name in wanted if leaf_name not in places]
-        above = [] if places else self._above(wanted, name)
+        above = [] if places else self._above(wanted)
         self.refuse(
             missing(lost, [logical(path[1:]) for path in self.paths()] if lost else []),
             wrong,
@@ -322,16 +324,13 @@ class Stored:
 
     # ---- what does not fit ---------------------------------------------------------------------
 
-    def _above(self, wanted: Collection[KeyPath], name: str | None) -> list[str]:
+    def _above(self, wanted: Collection[KeyPath]) -> list[str]:
         """Return the keys below which `like` has the leaves of the checkpoint, as Linen does."""
         below = {path[:1]: [p[1:] for p in wanted if p[:1] == path[:1]] for path in wanted}
         if len(below) > 8:  # variables are in few collections
             return []
-        return [
-            key[0]
-            for key, names in below.items()
-            if key and len(self.contents.places(names, name)) == len(names)
-        ]
+        known = self.contents.evaluated.keys()
+        return [key[0] for key, names in below.items() if key and known >= set(names)]
 
     def refuse(self, *kinds: list[str]) -> None:
         """Raise if there is any problem, with some of each kind."""

@@ -1,15 +1,17 @@
 """Evaluate a run while it is trained: each checkpoint's averages, as it is finished."""
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from etils.epath import Path
 
+from emaopt._tree.checks import check_scalar
 from emaopt._tree.paths import Params
 
 from ._errors import DamagedError
-from ._run import FINISHED, finished_steps
+from ._run import FINISHED, as_path, as_step, finished_steps
 from ._stored import Stored
 
 
@@ -39,9 +41,13 @@ def watch(
     Yields:
         The step and its averages.
     """
-    if interval <= 0:
-        raise ValueError(f"interval={interval} is out of range. Pass seconds, above 0.")
-    directory = Path(directory)
+    check_scalar(
+        "interval", interval, lambda x: (x > 0) & (x < threading.TIMEOUT_MAX), "seconds, above 0"
+    )
+    if timeout is not None:
+        check_scalar("timeout", timeout, lambda x: x >= 0, "seconds, 0 or above, or None")
+    after = None if after is None else as_step(after, "after")
+    directory = as_path("directory", directory)
     done: dict[int, bytes | None] = {}  # by step, the file that finished it
     unreadable: dict[int, float] = {}
     since = time.monotonic()

@@ -209,3 +209,24 @@ def test_an_array_that_counts_is_not_looked_at():
     assert state.step == 5
     state = mean.update(jnp.zeros(()), state, advance=jnp.int32(-5))
     assert (state.step, state.shadow) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        -1,
+        float("nan"),
+        float("inf"),
+        "3",
+        1j,
+        True,
+        [1],
+        np.ones(1),
+        jnp.ones(1),
+        jnp.complex64(1),
+    ],
+)
+def test_num_updates_is_one_number(count):
+    tx = emaopt.ema(warmup(0.9))
+    with pytest.raises(ValueError, match=r"num_updates(=| is ).*Pass a"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2), num_updates=count)

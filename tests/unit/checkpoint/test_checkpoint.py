@@ -639,6 +639,34 @@ MISTAKES = {
         lambda p: next(checkpoint.watch(p, PARAMS, interval=0)),
         r"interval=0 is out of range",
     ),
+    "timeout that never ends": (
+        lambda p: next(checkpoint.watch(p, PARAMS, timeout=float("nan"))),
+        r"timeout=nan is out of range\. Pass seconds, 0 or above, or None",
+    ),
+    "after no step": (
+        lambda p: next(checkpoint.watch(p, PARAMS, after=1.5)),
+        r"after=1\.5 is not the number of a step",
+    ),
+    "watch a relative path": (
+        lambda p: next(checkpoint.watch("run", PARAMS)),
+        r"directory='run' is relative",
+    ),
+    "no path": (
+        lambda p: checkpoint.restore_params(None, PARAMS),
+        r"path=None is no path\. Pass a str",
+    ),
+    "like without leaves": (
+        lambda p: checkpoint.restore_averages(p, {}),
+        r"like has no leaves\. Pass the parameters",
+    ),
+    "like with one other leaf": (
+        lambda p: checkpoint.restore_averages(p, {"x": jnp.ones(2)}),
+        r"(?s)^(?!.*several parts).* x is missing",
+    ),
+    "rest as text": (
+        lambda p: checkpoint.export_averages(p, p.parent / "new", rest="stats"),
+        r"rest='stats' is one string\. Pass a list: \['stats'\]",
+    ),
     "destination": (
         lambda p: checkpoint.export_averages(p, p),
         r"destination=.* exists\. Remove it",

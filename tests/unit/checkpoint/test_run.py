@@ -75,3 +75,13 @@ def test_whether_it_is_finished_in_a_cloud_is_asked_there():
 
     assert is_finished(Cloud("gs://run/3"))
     assert not is_finished(Cloud("gs://run/4"))
+
+
+def test_a_cloud_that_cannot_be_reached_is_one_line(monkeypatch):
+    def unreachable(_):
+        raise RuntimeError("Could not resolve host")
+
+    monkeypatch.setattr("emaopt.checkpoint._run.is_finished", unreachable)
+    message = r"path='gs://bucket/run' cannot be looked at\. \(RuntimeError: Could not resolve"
+    with pytest.raises(OSError, match=message):
+        checkpoint.restore_averages("gs://bucket/run", {"w": jnp.zeros(2)})

@@ -510,7 +510,7 @@ def test_shares_of_16_bits_are_refused_and_the_fix_works(name, dtype):
 
 
 @each_optimizer
-@pytest.mark.parametrize("returned", [None, "0.1", jnp.ones(1), [0.1]])
+@pytest.mark.parametrize("returned", [None, "0.1", jnp.ones(1), [0.1], float("nan"), np.inf])
 def test_a_schedule_must_return_a_number(name, returned):
     tx = make(name, learning_rate=lambda step: returned)
     with pytest.raises(ValueError, match="learning_rate is a schedule that returned"):

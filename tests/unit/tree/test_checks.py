@@ -38,6 +38,11 @@ def test_a_number_in_range_passes(value):
         (None, "None"),
         (jax.random.key(0), "Array"),
         (lambda t: t, "<function"),
+        (True, "True"),
+        (np.array([True]), r"array\(\[ True\]\)"),
+        (1 + 2j, r"\(1\+2j\)"),
+        (jnp.complex64(1), "Array"),
+        (10**400, r"10{199}\.\.\."),
     ],
 )
 def test_a_number_out_of_range_or_no_number_is_named_and_shown(value, found):
@@ -45,6 +50,22 @@ def test_a_number_out_of_range_or_no_number_is_named_and_shown(value, found):
         ValueError, match=rf"(?s)^x={found}.*is out of range\. Pass a number above 0\."
     ):
         checks.check("x", value, lambda x: x > 0, "a number above 0")
+
+
+@pytest.mark.parametrize("value", ["False", None, 1, jnp.bool_(True)])
+@pytest.mark.parametrize(
+    ("flag", "make"),
+    [
+        ("ledger", lambda value: emaopt.ema(ledger=value)),
+        ("sequential_update", lambda value: emaopt.ema(sequential_update=value)),
+        ("use_nesterov", lambda value: emaopt.momentum(0.1, 0.9, value)),
+        ("centered", lambda value: emaopt.rmsprop(0.1, centered=value)),
+    ],
+)
+def test_a_flag_is_true_or_false(flag, make, value):
+    make(np.bool_(True))
+    with pytest.raises(ValueError, match=rf"^{flag}=.* is neither True nor False\. Pass one"):
+        make(value)
 
 
 def test_names_are_written_apart_or_not_at_all():

@@ -488,6 +488,10 @@ MISTAKES = {
         lambda: emaopt.take((PARAMS, emaopt.ema(0.9).init(PARAMS)), tables_of(1)),
         r"moves every row at every step, at '1/shadow/table'. Make it with ema\(decay, rows=",
     ),
+    "an optimizer with a history of the table": (
+        lambda: emaopt.take((PARAMS, optax.lbfgs().init(PARAMS)), tables_of(1)),
+        r"at '1/0/diff_params_memory/table', a history of the table 'table', of which no rows",
+    ),
     "that average alone": (
         lambda: emaopt.take(emaopt.ema(0.9).init(PARAMS), tables_of(1)),
         "moves every row at every step, at 'shadow/table'",
