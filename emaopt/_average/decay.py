@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emaopt._tree.calls import show
 from emaopt._tree.checks import SHARE, check, check_scalar
 from emaopt._tree.numbers import is_concrete, scalar
 
@@ -123,15 +124,6 @@ def together(log: Any, n: Any) -> jax.Array:
 def number(x: Any) -> jax.Array:
     """Return x in JAX's own precision: float32, or float64 where the user enabled it."""
     return jnp.asarray(x).astype(float)
-
-
-def show(x: Any) -> str:
-    """Return the text of an argument in `repr`."""
-    if isinstance(x, Decay):
-        return repr(x)
-    if callable(x):
-        return getattr(x, "__name__", type(x).__name__)
-    return str(x) if is_concrete(x) else "<traced>"
 
 
 def call(name: str, *arguments: Any) -> str:

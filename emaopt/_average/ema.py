@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from emaopt._tree.calls import shows_its_call, text_of
 from emaopt._tree.checks import check_array, check_flag, check_shape, shown
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import apply_update, by_path, tree_map, zip_leaves
@@ -21,7 +22,7 @@ from emaopt._tree.numbers import is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
 from .clock import advanced, as_advance, as_count, rate_of_update
-from .decay import DecayLike, as_decay, show
+from .decay import DecayLike, as_decay
 from .decays import SCALE_FREE
 from .lazy import Mask, settled, start as start_rest, touch
 from .ledger import record, start as start_ledger
@@ -88,9 +89,10 @@ class MovingAverage(NamedTuple):
     update: _Update
 
     def __repr__(self) -> str:
-        return getattr(self.update, "__qualname__", "MovingAverage")
+        return text_of(self)
 
 
+@shows_its_call
 def moving_average(
     decay: DecayLike,
     *,
@@ -178,7 +180,6 @@ def moving_average(
         after = EmaState(step, *_trees(treedef, leaves, rounding), its_ledger, rested)
         return jax.tree.map(stay, stored, after)
 
-    update.__qualname__ = _call("moving_average", decay, accumulator_dtype, ledger, rows)
     return MovingAverage(init, update)
 
 
@@ -248,6 +249,7 @@ def _check_state(state: Any, rounding: Rounding, ledger: bool, rows: bool) -> No
             )
 
 
+@shows_its_call
 def ema(
     decay: DecayLike = SCALE_FREE,
     *,
@@ -317,31 +319,4 @@ def ema(
             num_updates = state.step if num_updates is None else num_updates
         return updates, core.update(values, state, num_updates, advance, before=params)
 
-    update.__qualname__ = _call("ema", decay, accumulator_dtype, ledger, rows, sequential_update)
-    return _Ema(core.init, update)
-
-
-class _Ema(optax.GradientTransformationExtraArgs):
-    """Show a transformation as it was made: `ema(warmup(0.999))`."""
-
-    def __repr__(self) -> str:
-        return getattr(self.update, "__qualname__", "ema")
-
-
-def _call(
-    name: str,
-    decay: DecayLike,
-    accumulator_dtype: Any,
-    ledger: bool,
-    rows: Any,
-    sequential_update: bool = True,
-) -> str:
-    """Return the text of a call: the decay, and the options that differ from their defaults."""
-    options = {
-        "sequential_update": None if sequential_update else False,
-        "accumulator_dtype": accumulator_dtype,
-        "ledger": ledger or None,
-        "rows": rows if rows is None or callable(rows) else "mask",
-    }
-    given = [f"{key}={show(value)}" for key, value in options.items() if value is not None]
-    return f"{name}({', '.join([show(decay), *given])})"
+    return optax.GradientTransformationExtraArgs(core.init, update)

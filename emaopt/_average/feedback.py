@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from emaopt._tree.calls import shows_its_call
 from emaopt._tree.checks import SHARE, Range, check_scalar, whole
 from emaopt._tree.leaves import apply_update, by_path, tree_map
 from emaopt._tree.numbers import is_concrete, is_inexact, wide
@@ -22,6 +23,7 @@ from .find import PrimalState, average as average_of, averages, with_values
 from .match import match, replace
 
 
+@shows_its_call
 def overwrite(
     n: int,
     tx: optax.GradientTransformation,
@@ -134,6 +136,7 @@ def _is_due(n: int, before: Tree, state: Tree) -> tuple[jax.Array, jax.Array]:
     return step // period > last // period, step
 
 
+@shows_its_call
 def primal(
     tx: optax.GradientTransformation,
     average: optax.GradientTransformation,

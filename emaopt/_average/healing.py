@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from emaopt._tree.calls import shows_its_call
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import apply_update, by_path, from_paths, tree_map
 from emaopt._tree.numbers import is_inexact, wide
@@ -37,6 +38,7 @@ class _Finite(NamedTuple):
     value: Any
 
 
+@shows_its_call
 def heal(average: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Keep NaN and infinity out of an average: `heal(ema(decay))`, last in the chain.
 

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from emaopt._tree.calls import shows_its_call
 from emaopt._tree.checks import Range, check_scalar
 from emaopt._tree.leaves import map_leaves, tree_map, zip_leaves
 from emaopt._tree.numbers import is_concrete, real_dtype, scalar, wide
@@ -30,6 +31,7 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 _CLIP_NORM = Range(lambda c: c >= _SMALLEST, "a number above 0; float('inf') is no clipping")
 
 
+@shows_its_call
 def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTransformation:
     """Clip each element to a range, as TF1's `tf.clip_by_value`.
 
@@ -77,6 +79,7 @@ def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTra
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+@shows_its_call
 def clip_by_norm(
     clip_norm: ArrayLike, axes: int | tuple[int, ...] | list[int] | None = None
 ) -> optax.GradientTransformation:
@@ -122,6 +125,7 @@ def clip_by_norm(
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+@shows_its_call
 def clip_by_average_norm(clip_norm: ArrayLike) -> optax.GradientTransformation:
     """Scale each leaf down to an average norm, as TF1's `tf.clip_by_average_norm`.
 
@@ -154,6 +158,7 @@ def clip_by_average_norm(clip_norm: ArrayLike) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+@shows_its_call
 def clip_by_global_norm(clip_norm: ArrayLike) -> optax.GradientTransformationExtraArgs:
     """Scale all leaves by one factor, down to a global norm of at most `clip_norm`.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from emaopt._tree.calls import shows_its_call
 from emaopt._tree.checks import NOT_NEGATIVE, POSITIVE, check, check_flag
 
 from .builder import optimizer
@@ -36,6 +37,7 @@ KINDS = {
 }
 
 
+@shows_its_call
 def gradient_descent(learning_rate: LearningRate) -> optax.GradientTransformationExtraArgs:
     """Return TF1's `GradientDescentOptimizer`: `p -= g * lr`. It keeps no slots.
 
@@ -58,6 +60,7 @@ def gradient_descent(learning_rate: LearningRate) -> optax.GradientTransformatio
     return optimizer(rule, {}, linear=True, learning_rate=learning_rate)
 
 
+@shows_its_call
 def momentum(
     learning_rate: LearningRate, momentum: ArrayLike, use_nesterov: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,6 +99,7 @@ def momentum(
     return optimizer(rule, {"momentum": 0.0}, linear=True, **hyper)
 
 
+@shows_its_call
 def adagrad(
     learning_rate: LearningRate, initial_accumulator_value: ArrayLike = 0.1
 ) -> optax.GradientTransformationExtraArgs:
@@ -126,6 +130,7 @@ def adagrad(
     return optimizer(rule, slots, learning_rate=learning_rate)
 
 
+@shows_its_call
 def adadelta(
     learning_rate: LearningRate = 0.001, rho: ArrayLike = 0.95, epsilon: ArrayLike = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
@@ -172,6 +177,7 @@ def adadelta(
     return optimizer(rule, slots, learning_rate=learning_rate, rho=rho, epsilon=epsilon)
 
 
+@shows_its_call
 def adam(
     learning_rate: LearningRate = 0.001,
     beta1: ArrayLike = 0.9,
@@ -212,17 +218,13 @@ def adam(
         v = v + (g * g - v) * (1 - beta2)
         return -(m * alpha / (sqrt(v) + epsilon)), m, v
 
-    return optimizer(
-        rule,
-        {"m": 0.0, "v": 0.0},
-        powers={"beta1_power": beta1, "beta2_power": beta2},
-        learning_rate=learning_rate,
-        beta1=beta1,
-        beta2=beta2,
-        epsilon=epsilon,
-    )
+    hyper: dict[str, Any] = {"learning_rate": learning_rate, "epsilon": epsilon}
+    powers = {"beta1_power": beta1, "beta2_power": beta2}
+    slots = {"m": 0.0, "v": 0.0}
+    return optimizer(rule, slots, powers, beta1=beta1, beta2=beta2, **hyper)
 
 
+@shows_its_call
 def ftrl(
     learning_rate: LearningRate,
     learning_rate_power: ArrayLike = -0.5,
@@ -293,6 +295,7 @@ def ftrl(
     )
 
 
+@shows_its_call
 def rmsprop(
     learning_rate: LearningRate,
     decay: ArrayLike = 0.9,

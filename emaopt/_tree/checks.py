@@ -196,13 +196,14 @@ def shown(state: Any) -> str:
 def _shown(tree: Tree) -> str:
     named = by_path(tree)
     if list(named) == [()]:
-        return _shown_leaf(named[()])
-    shown_ = [f"{printable('/'.join(path))}: {_shown_leaf(x)}" for path, x in named.items()]
+        return shown_leaf(named[()])
+    shown_ = [f"{printable('/'.join(path))}: {shown_leaf(x)}" for path, x in named.items()]
     more = [f"... {len(shown_) - 8} more"] if len(shown_) > 8 else []
     return "{" + ", ".join(shown_[:8] + more) + "}"
 
 
-def _shown_leaf(x: Any) -> str:
+def shown_leaf(x: Any) -> str:
+    """Return a scalar as its number, any other leaf as its dtype and shape."""
     is_number = isinstance(x, (jax.Array, np.ndarray)) and np.ndim(x) == 0 and is_concrete(x)
     # an array of other processes cannot be read, nor one that was donated
     if is_number and not (

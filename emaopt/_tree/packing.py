@@ -18,6 +18,7 @@ import optax
 from jax import lax
 from jax.tree_util import DictKey
 
+from .calls import shows_its_call
 from .checks import check, check_unique, describe
 from .numbers import is_concrete, is_inexact
 from .paths import Tree, is_none, leaf_names
@@ -160,6 +161,7 @@ def unpack(tree: Tree) -> Tree:
     )
 
 
+@shows_its_call
 def on_leaves(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Return a transformation that sees the leaves, in a chain that works on packed arrays.
 

@@ -4,8 +4,9 @@ import math
 
 import jax.numpy as jnp
 
-from emaopt._average.decay import Decay, call, pointwise, show
+from emaopt._average.decay import Decay, call, pointwise
 from emaopt._average.decays import after, half_life, power
+from emaopt._tree.calls import show
 from emaopt._tree.checks import NOT_NEGATIVE, check_scalar
 
 from ._common import check_positive, check_shares, check_whole, each, named

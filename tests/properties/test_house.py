@@ -46,7 +46,7 @@ ROOMS = {
 }
 # inside a folder: its floors, ground floor first; a file may import those of the floors below
 FLOORS = {
-    "_tree": "paths numbers | leaves devices | checks | packing tables | rows",
+    "_tree": "paths numbers | leaves devices | checks | calls | packing tables | rows",
     "_average": "decay rounding | clock decays profile ledger lazy | ema | match"
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",

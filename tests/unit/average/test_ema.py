@@ -539,8 +539,8 @@ def test_an_average_is_shown_as_it_was_made():
             emaopt.every(10, emaopt.half_life(1000)), ledger=True
         ),
         "ema(0.9, sequential_update=False)": emaopt.ema(0.9, sequential_update=False),
-        "ema(0.9, rows=mask)": emaopt.ema(0.9, rows={"table": True}),
-        "moving_average(power(0), accumulator_dtype=float32)": emaopt.moving_average(
+        "ema(0.9, rows={...})": emaopt.ema(0.9, rows={"table": True}),
+        "moving_average(power(0), accumulator_dtype='float32')": emaopt.moving_average(
             emaopt.power(0), accumulator_dtype="float32"
         ),
     }
