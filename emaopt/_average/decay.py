@@ -104,7 +104,8 @@ def as_inner(decay: DecayLike) -> Decay:
         return as_decay(decay)
     _check_number(decay)
     kept = float(decay)
-    rate, log = 1 - kept, max(math.log(kept), LOG_OF_ZERO) if kept else LOG_OF_ZERO
+    rate = 1 - kept
+    log = max(math.log(kept), LOG_OF_ZERO) if kept else LOG_OF_ZERO
     return Decay(lambda t: number(rate), lambda t, n: together(log, n), text=show(decay))
 
 

@@ -159,7 +159,7 @@ def moving_average(
         before: Tree = None,
     ) -> EmaState:
         _check_state(state, rounding, ledger, rows is not None)
-        stored, state = state, jax.tree.map(in_memory, state)
+        stored, state = state, jax.tree.map(in_memory, state)  # from the host, if it is there
         rested = state.rows
         if rested is not None:
             resting = values if before is None else before
@@ -171,14 +171,14 @@ def moving_average(
         if rounding.has_residue:
             trees["state.residue"] = state.residue
         columns, treedef = zip_leaves(values=values, **trees)
-        leaves = [
-            update_leaf(name, x, Stored(*own), rate, rounding, Draw(step, i))
-            for i, (name, (x, *own)) in enumerate(zip(leaf_names(values), columns, strict=True))
-        ]
+        leaves = []
+        for name, (x, *own) in zip(leaf_names(values), columns, strict=True):
+            draw = Draw(step, len(leaves))
+            leaves.append(update_leaf(name, x, Stored(*own), rate, rounding, draw))
         its_ledger = record(state.ledger, rate, units) if ledger else None
         rested = None if rested is None else touch(values, rested, rate)
         after = EmaState(step, *_trees(treedef, leaves, rounding), its_ledger, rested)
-        return jax.tree.map(stay, stored, after)
+        return jax.tree.map(stay, stored, after)  # back to where it was
 
     return MovingAverage(init, update)
 

@@ -177,10 +177,11 @@ def compensated(dtype: DTypeLike = jnp.float32) -> Compensated:
 def stochastic(dtype: DTypeLike = jnp.bfloat16) -> Stochastic:
     """Return an `accumulator_dtype` of 2 bytes per parameter that is right on average.
 
-    Each update rounds up with the probability with which the value lies there between its two
-    neighbours. So increments of any size get through. The price is noise with standard deviation
-    sqrt(u * d / 2): u is the spacing of bfloat16 at the element, 2**-8 to 2**-7 of it, and d is its
-    distance to the values that are averaged. The noise does not depend on the decay. The random
+    Each update rounds to one of the two neighbours of the exact value, by chance: a value that lies
+    a quarter of the way up is rounded up in a quarter of all cases. So increments of any size get
+    through. The price is noise with standard deviation sqrt(u * d / 2): u is the spacing of
+    bfloat16 at the element, 2**-8 to 2**-7 of it, and d is its distance to the values that are
+    averaged. The noise does not depend on the decay. The random
     bits are a hash of the step, the leaf and the position of the element in it, so they are the
     same in every run and on every mesh. `dtype` is bfloat16.
 

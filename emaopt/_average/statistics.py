@@ -35,8 +35,8 @@ def recalibrate(
 ) -> State:
     """Measure batch statistics again for averaged parameters: the mean over the batches.
 
-    The momentum of a layer does not matter. A new statistic is `momentum * old + (1 - momentum) *
-    own`, and three passes over the first batch, each with other old statistics, tell the momentum.
+    You need not know the momentum of a layer. A layer computes `momentum * old + (1 - momentum) *
+    own`. Three passes over the first batch, each with other old statistics, find the momentum.
     Every other batch is passed once. Frozen statistics are kept. Integers, booleans and keys are
     taken from the last pass. A leaf that `forward` changes in another way is an error. Equinox's
     layers divide their statistics by `1 - momentum**count`: set the count to 0, see

@@ -112,10 +112,12 @@ def optimizer(
             )
         _check_state(state, slots)
         check_floating("updates", updates, complex_too=linear)
-        trees = {"updates": updates} | {f"state.slots[{k!r}]": state.slots[k] for k in slots}
+        trees = {"updates": updates}  # by the names that an error uses
+        trees |= {f"state.slots[{name!r}]": state.slots[name] for name in slots}
         if params is not None:
             trees["params"] = params
-        now = {name: _at(name, value, state.step) for name, value in hyper.items()} | state.powers
+        now = {name: _at(name, value, state.step) for name, value in hyper.items()}
+        now |= state.powers  # a rule gets them beside its hyper-parameters
         step_leaf = functools.partial(_step_leaf, rule, now, tuple(trees))
         new_updates, *new_slots = map_leaves(step_leaf, 1 + len(slots), **trees)
         return new_updates, OptimizerState(

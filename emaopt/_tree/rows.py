@@ -45,7 +45,7 @@ def rows(ids: Any, size: int | None = None) -> Rows:
     """Return the distinct ids of a batch, and the position of each id among them.
 
     The model looks up `positions` in the small table of `take`, in place of `ids` in the whole
-    table. Works under `jit`, where `size` fixes the shape. TF1's `tf.unique` in
+    table. It works under `jit`, where `size` fixes the shape. TF1's `tf.unique` in
     `_deduplicate_indexed_slices`.
 
     Args:
@@ -128,11 +128,11 @@ def _distinct(flat: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 def take(tree: State, tables: Mapping[str, Rows]) -> State:
     """Return a small tree: the rows of a batch in place of each table, all else as it is.
 
-    The rows of the table, of its slots (momentum, Adagrad's accumulator, Adam's m and v, in the
-    states of Optax's optimizers too) and of its averages made with `ema(decay, rows=mask)`. A
-    transformation steps on the small trees as on any; `put` writes the rows back. Only scalars such
-    as the step and Adam's powers move for all rows, so the rows that no batch looks up stay, as
-    with TF1's sparse gradients: `emaopt.adam` becomes TF1's `LazyAdamOptimizer`. Whatever acts
+    It takes the rows of the table, of its slots (momentum, Adagrad's accumulator, Adam's m and v,
+    in the states of Optax's optimizers too) and of its averages made with `ema(decay, rows=mask)`.
+    A transformation steps on the small trees as on any; `put` writes the rows back. Only scalars
+    such as the step and Adam's powers move for all rows, so the rows that no batch looks up stay,
+    as with TF1's sparse gradients: `emaopt.adam` becomes TF1's `LazyAdamOptimizer`. Whatever acts
     without a gradient, such as `optax.add_decayed_weights`, acts on the rows of the view alone.
 
     An id outside the table is an error. Under `jit`, where it cannot be seen, its row is NaN, and
@@ -165,9 +165,9 @@ def take(tree: State, tables: Mapping[str, Rows]) -> State:
 
 
 def put(tree: State, small: State, tables: Mapping[str, Rows]) -> State:
-    """Return the tree with the rows of a small tree written back; all else is that of `small`.
+    """Return the tree with the rows of a small tree written back; all else is taken from `small`.
 
-    In place if the tree is donated: `jax.jit(step, donate_argnums=...)`.
+    It writes in place if the tree is donated: `jax.jit(step, donate_argnums=...)`.
 
     Args:
         tree: What `take` was given.

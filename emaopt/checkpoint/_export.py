@@ -53,10 +53,10 @@ def export_averages(
         name: which average, if there are several.
         rest: what else of the checkpoint to write: `["batch_stats"]`. It becomes the item `rest`,
             or tensors like `batch_stats/bn/mean`.
-        rename: of `.safetensors`, the names of the tensors: a function of our name, or a dict from
-            our name to theirs. Names that a dict lacks stay. `restore_averages` undoes it.
-        max_shard_size: of `.safetensors`, the most bytes of a file: `int`, or text such as `"5GB"`
-            (10**9 bytes) or `"500MiB"`. A larger tensor has a file of its own.
+        rename: only for `.safetensors`, the names of the tensors: a function of our name, or a dict
+            from our name to theirs. Names that a dict lacks stay. `restore_averages` undoes it.
+        max_shard_size: only for `.safetensors`, the most bytes of a file: `int`, or text such as
+            `"5GB"` (10**9 bytes) or `"500MiB"`. A larger tensor has a file of its own.
         custom_metadata: what else the metadata are to hold. For Hugging Face's transformers, the
             framework whose names and layouts these are: `{"format": "pt"}`.
 

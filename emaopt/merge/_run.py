@@ -85,7 +85,7 @@ class Run:
     ) -> "Run":
         """Find what can be added up in the checkpoints of a run. No parameter is read.
 
-        These are the averages, if there is one of which its ledger or you say what it was.
+        These are the averages, if the ledger of one says what it was, or if you do with `sources`.
         Otherwise they are the plain parameters: of any run of Orbax, whatever library saved it, of
         `.safetensors` files, or of TF1.
 
@@ -205,8 +205,8 @@ def soup(
 ) -> Plan:
     """Return the sum of checkpoints of several runs: a model soup. No parameter is read.
 
-    Of each checkpoint the plain parameters are taken; of one that `emaopt.checkpoint` saved, what
-    stands there as `params`, its averages. Wortsman et al., arXiv:2203.05482.
+    It takes the plain parameters of each checkpoint. Of one that `emaopt.checkpoint` saved it takes
+    the item `params`, which holds the averages. Wortsman et al., arXiv:2203.05482.
 
     Args:
         checkpoints: Paths, absolute, of checkpoints of Orbax or TF1, or of `.safetensors` files; a
