@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import merger
@@ -16,6 +17,7 @@ from trainer import environment
 import emaopt
 from emaopt import checkpoint, posthoc
 from emaopt.__main__ import main
+from emaopt._commands import merge as command
 from emaopt.merge import Run, soup
 from emaopt.merge._blocks import Form, block_shape, blocks
 from emaopt.merge._orbax import OrbaxTree
@@ -115,6 +117,15 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"out cannot be written. \(ZeroDivisionError: division"):
         plan.write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_c_library_is_asked_to_give_back_what_is_freed(monkeypatch):
+    called = []
+    library = SimpleNamespace(mallopt=lambda *arguments: called.append(arguments))
+    for found in (library, object()):  # another C library has no such function
+        monkeypatch.setattr("ctypes.CDLL", lambda name, found=found: found)
+        command._give_back_memory()
+    assert called == [(-3, 2**20)]
 
 
 KILLED = """
