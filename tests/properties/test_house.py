@@ -136,6 +136,14 @@ def test_a_file_is_short_enough_to_read(file):
     assert lines <= 350
 
 
+def test_unit_tests_stand_in_the_rooms_of_the_package():
+    unit = Path(__file__).parents[1] / "unit"
+    rooms = {room.removeprefix("_") for room in ROOMS}
+    inside = {path.name for path in unit.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    files = {path.stem.removeprefix("test_") for path in unit.glob("test_*.py")}
+    assert inside | files <= rooms
+
+
 def loaded_by(code):
     """The packages that are loaded after some code in a new process."""
     code += "; import sys; print(*sys.modules)"
