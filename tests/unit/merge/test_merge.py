@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 import emaopt
 from emaopt import checkpoint, posthoc
 from emaopt.__main__ import main
+from emaopt.checkpoint._stored import Stored
 from emaopt.merge import Run
 from emaopt.merge._ledgers import Moments, recognize
 from emaopt.posthoc._fit import profile_of
@@ -194,17 +196,22 @@ def test_from_python_any_decay_is_a_source_and_any_weights_a_target(runs, tmp_pa
     assert two.residual(target) == pytest.approx(predicted, rel=1e-5)
 
 
-def test_lists_numbers_and_the_value_of_nnx_stay_what_they_are(tmp_path):
+def test_lists_numbers_texts_and_the_value_of_nnx_stay_what_they_are(tmp_path):
     for step in (1, 2):
         leaf = {"w": [{"value": np.full(2, float(step), np.float32)}], "epoch": 7}
-        state = {"shadow": leaf | {"epoch": None}, "step": np.array(step, np.int32)}
+        leaf["kind"] = "linear"
+        state = {"shadow": leaf | {"epoch": None, "kind": None}, "step": np.array(step, np.int32)}
         items = {"params": leaf, "opt_state": state}
         ocp.save_checkpointables(tmp_path / "run" / str(step), items)
     recorded = Run.open(tmp_path / "run", sources={"ema": 0.0})
     recorded.plan(posthoc.window(1, 2)).write(tmp_path / "out")
     made = ocp.load(tmp_path / "out", leaf, checkpointable_name="params")
     np.testing.assert_array_equal(made["w"][0]["value"], [3.0, 3.0])  # 2 * 2 - 1
-    assert made["epoch"] == 7
+    assert (made["epoch"], made["kind"]) == (7, "linear")
+    verified = Stored(epath.Path(tmp_path / "out")).read(
+        [("params", "kind")]
+    )  # compares the digests
+    assert verified == {("params", "kind"): "linear"}
 
 
 def test_what_is_written_says_what_it_is(runs, tmp_path, capsys):
