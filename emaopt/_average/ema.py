@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from emaopt._tree.calls import shows_its_call, text_of
 from emaopt._tree.checks import check_array, check_flag, check_shape, shown
 from emaopt._tree.devices import beside, in_memory, stay
-from emaopt._tree.leaves import apply_update, by_path, tree_map, zip_leaves
+from emaopt._tree.leaves import apply_updates, by_path, zip_leaves
 from emaopt._tree.numbers import is_inexact, wide
 from emaopt._tree.paths import Tree, leaf_names
 
@@ -308,7 +308,7 @@ def ema(
                 "Call tx.update(grads, state, params)."
             )
         if sequential_update:
-            values = tree_map(apply_update, params=params, updates=updates)
+            values = apply_updates(params, updates)
         else:
             if isinstance(advance, jax.Array) or advance != 1:
                 raise ValueError(

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from emaopt._tree.calls import shows_its_call
 from emaopt._tree.checks import SHARE, Range, check_scalar, whole
-from emaopt._tree.leaves import apply_update, by_path, tree_map
+from emaopt._tree.leaves import apply_updates, by_path, tree_map
 from emaopt._tree.numbers import is_concrete, is_inexact, wide
 from emaopt._tree.paths import Tree
 
@@ -93,7 +93,7 @@ def overwrite(
         updates, state = inner.update(updates, state, params, **extra)
         now, step = _is_due(n, old, state)
         share = strength(step - 1) if callable(strength) else strength
-        led_to = _widened(tree_map(apply_update, params=params, updates=updates))
+        led_to = _widened(apply_updates(params, updates))
         goal = _averages_like(params, state, name)
 
         def feed(p, u, q, a):
@@ -120,7 +120,7 @@ def _with_outer(n: int, inner: Any, outer: Any, name: str | None) -> Any:
     def update(updates, state, params=None, **extra):
         old, of_outer = state
         updates, state = inner.update(updates, old, params, **extra)
-        led_to = _widened(tree_map(apply_update, params=params, updates=updates))
+        led_to = _widened(apply_updates(params, updates))
         now, _ = _is_due(n, old, state)
         move = lambda state, of_outer: _moved(state, of_outer, outer, led_to, name)
         stay = lambda state, of_outer: (state, of_outer)
@@ -215,6 +215,11 @@ def primal(
                 "params is missing: primal computes the next parameters from them. "
                 "Call tx.update(grads, state, params)."
             )
+        if not isinstance(state, PrimalState):
+            raise ValueError(
+                f"state is a {type(state).__name__}, not that of primal. Pass the state that its "
+                "own init made."
+            )
         x = _averages_like(params, state.average)
         z = tree_map(partial(_z, interpolation), params=params, x=x, z=state.z)
         seen = params if at == "y" else tree_map(_as, z=z, params=params)
@@ -224,7 +229,7 @@ def primal(
             updates = _pulled(updates, params, x, share)
         moves = tree_map(_as, updates=updates, z=z)
         _, of_mean = mean.update(moves, state.average, z, **extra)
-        z = tree_map(apply_update, z=z, moves=moves)
+        z = apply_updates(z, moves)
         x = _averages_like(params, of_mean)
         kept = tree_map(lambda old, new: new, kept=state.z, z=z)
         lead = partial(_to_next_y, interpolation)

@@ -13,7 +13,7 @@ import optax
 
 from emaopt._tree.calls import shows_its_call
 from emaopt._tree.devices import beside, in_memory, stay
-from emaopt._tree.leaves import apply_update, by_path, from_paths, tree_map
+from emaopt._tree.leaves import apply_updates, by_path, from_paths, tree_map
 from emaopt._tree.numbers import is_inexact, wide
 from emaopt._tree.paths import KeyPath, Tree
 
@@ -73,8 +73,13 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
         return HealState(tree_map(count, params=params), inner.init(params))
 
     def update(updates, state, params=None, **extra):
+        if not isinstance(state, HealState):
+            raise ValueError(
+                f"state is a {type(state).__name__}, not that of heal. Pass the state that its own "
+                "init made."
+            )
         updates, new = inner.update(updates, state.state, params, **extra)
-        values = by_path(tree_map(apply_update, params=params, updates=updates))
+        values = by_path(apply_updates(params, updates))
         healed = by_path(state.healed)
         nodes, treedef = jax.tree.flatten(state.state, is_leaf=_is_average)
         before = [_settled(x, params) if _is_average(x) else x for x in nodes]

@@ -20,11 +20,13 @@ import optax
 from jax.typing import ArrayLike
 
 from emaopt._tree.calls import shows_its_call
-from emaopt._tree.checks import Range, check_scalar
+from emaopt._tree.checks import NUMBER, Range, check, check_scalar
 from emaopt._tree.leaves import map_leaves, tree_map, zip_leaves
 from emaopt._tree.numbers import is_concrete, real_dtype, scalar, wide
 from emaopt._tree.packing import check_unpacked
 from emaopt._tree.paths import Tree
+
+from .numerics import fits
 
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -55,6 +57,9 @@ def clip_by_value(clip_value_min: Any, clip_value_max: Any) -> optax.GradientTra
         {'w': Array([-1.,  1.,  2.], dtype=float32)}
     """
     for low, high in _pairs(clip_value_min, clip_value_max):
+        for name, bound in (("clip_value_min", low), ("clip_value_max", high)):
+            if bound is not None:
+                check(name, bound, *NUMBER)
         if low is None or high is None or not (is_concrete(low) and is_concrete(high)):
             continue
         if not np.all(np.asarray(low) <= np.asarray(high)):
@@ -175,7 +180,7 @@ def clip_by_global_norm(clip_norm: ArrayLike) -> optax.GradientTransformationExt
 
     Returns:
         A transformation without state. `update(..., use_norm=norm)` uses a norm that you computed
-        already. It is not checked.
+        already. An array is not checked.
 
     Raises:
         ValueError: `clip_norm` is not above 0, or `use_norm` is not a scalar.
@@ -194,6 +199,7 @@ def clip_by_global_norm(clip_norm: ArrayLike) -> optax.GradientTransformationExt
         del params, extra
         norm: Any = global_norm(updates) if use_norm is None else use_norm
         if not hasattr(norm, "dtype"):  # a Python number, maybe a whole one beyond int32
+            check_scalar("use_norm", norm, lambda x: ~(x < 0) | ~np.isfinite(x), "0 or above")
             norm = np.float32(norm)
         if np.shape(norm) != ():
             raise ValueError(f"use_norm has shape {np.shape(norm)}. Pass a scalar.")
@@ -233,7 +239,7 @@ def _clip_to_range(x: ArrayLike, low: Any, high: Any) -> Any:
         return x
     x = jnp.asarray(x)
     for name, bound in (("clip_value_min", low), ("clip_value_max", high)):
-        if not _fits(np.shape(bound), x.shape):
+        if not fits(np.shape(bound), x.shape):
             raise ValueError(
                 f"{name} has shape {np.shape(bound)} at a leaf of shape {x.shape}. Pass a "
                 "scalar, or a tree with an array of the leaf's shape."
@@ -326,12 +332,6 @@ def _check_axes(axes: tuple[int, ...] | None, updates: Tree) -> None:
             )
 
     map_leaves(look, 0, updates=updates)
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Return whether an array of a shape broadcasts to the shape that is wanted."""
-    tail = wanted[len(wanted) - len(shape) :]
-    return len(shape) <= len(wanted) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))
 
 
 def _is_tree(bound: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Take roots with a finite derivative at zero, and fix the order in which XLA reads arrays."""
+"""Take roots with a finite derivative at zero, fix an order of reading, and compare shapes."""
 
 from typing import Any
 
@@ -47,3 +47,9 @@ def root(n: jax.Array, q: Any) -> jax.Array:
     of_zero = jnp.where(q == 0, 1.0, 0.0).astype(n.dtype)
     power = jnp.where(zero, of_zero, jnp.power(jnp.where(zero, 1, n), q))
     return power if is_concrete(q) else jnp.where(q == 0.5, sqrt(n), power)
+
+
+def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Return whether an array of a shape broadcasts to the shape that is wanted."""
+    tail = wanted[len(wanted) - len(shape) :]
+    return len(shape) <= len(wanted) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))

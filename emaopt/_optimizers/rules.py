@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from emaopt._tree.calls import shows_its_call
-from emaopt._tree.checks import NOT_NEGATIVE, POSITIVE, check, check_flag
+from emaopt._tree.checks import NOT_NEGATIVE, POSITIVE, check, check_flag, check_scalar
 
 from .builder import optimizer
 from .learning_rate import LearningRate
@@ -120,7 +120,7 @@ def adagrad(
         >>> tx.update(jnp.array([3.0]), tx.init(p), p)[0]  # -3 / sqrt(16 + 9)
         Array([-0.6], dtype=float32)
     """
-    check("initial_accumulator_value", initial_accumulator_value, *POSITIVE)
+    check_scalar("initial_accumulator_value", initial_accumulator_value, *POSITIVE)
 
     def rule(g, p, a, *, learning_rate):
         a = a + g * g
@@ -264,7 +264,7 @@ def ftrl(
     if not callable(learning_rate):
         check("learning_rate", learning_rate, *POSITIVE)
     check("learning_rate_power", learning_rate_power, lambda x: x <= 0, "a number, 0 or below")
-    check("initial_accumulator_value", initial_accumulator_value, *NOT_NEGATIVE)
+    check_scalar("initial_accumulator_value", initial_accumulator_value, *NOT_NEGATIVE)
     check("l1_regularization_strength", l1_regularization_strength, *NOT_NEGATIVE)
     check("l2_regularization_strength", l2_regularization_strength, *NOT_NEGATIVE)
     shrinkage = l2_shrinkage_regularization_strength

@@ -11,7 +11,7 @@ import optax
 
 from emaopt._tree.checks import describe
 from emaopt._tree.devices import is_deleted
-from emaopt._tree.leaves import apply_update, leaves, tree_map, zip_leaves
+from emaopt._tree.leaves import apply_updates, leaves, zip_leaves
 from emaopt._tree.numbers import is_inexact
 from emaopt._tree.paths import Params, State, Tree, leaf_names
 
@@ -159,7 +159,7 @@ def apply_gradients(
     # Optax types what trees hold, and nothing is known here of these
     update: Any = optax.with_extra_args_support(tx).update
     updates, opt_state = update(grads, opt_state, params, **extra)
-    return tree_map(apply_update, params=params, updates=updates), opt_state
+    return apply_updates(params, updates), opt_state
 
 
 def minimize(

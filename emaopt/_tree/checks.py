@@ -31,6 +31,7 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 LAST_STEP = 2**31 - 1
 
 SHARE = Range(lambda x: (x >= 0) & (x <= 1), "a number from 0 to 1")
+NUMBER = Range(lambda x: ~(abs(x) < 0), "a number")
 FINITE = Range(lambda x: abs(x) <= _LARGEST, "a finite number")
 NOT_NEGATIVE = Range(lambda x: (x >= 0) & (x <= _LARGEST), "a number, 0 or above")
 POSITIVE = Range(lambda x: (x >= _SMALLEST) & (x <= _LARGEST), "a number above 0")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .paths import KeyPath, Tree, few, is_none, leaf_names, leaf_paths
@@ -114,6 +115,22 @@ def _mismatch(first: str, tree: Tree, name: str, other: Tree, error: Exception) 
         + ("; ".join(only) or str(error).rstrip("."))
         + f". Pass {first} and {name} made from the same parameters."
     )
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """Return the parameters after their updates, rounded as `optax.apply_updates` rounds them.
+
+    Raises:
+        ValueError: an update has another shape than its parameter, which would take that shape on.
+    """
+    rows, treedef = zip_leaves(params=params, updates=updates)
+    for i, (p, u) in enumerate(rows):
+        if p is not None and getattr(u, "shape", ()) not in ((), np.shape(p)):
+            raise ValueError(
+                f"updates has shape {u.shape} at leaf {leaf_names(params)[i]!r} where params has "
+                f"{np.shape(p)}. Pass updates and params made from the same parameters."
+            )
+    return treedef.unflatten(None if p is None else apply_update(p, u) for p, u in rows)
 
 
 def apply_update(p: Any, u: Any) -> Any:

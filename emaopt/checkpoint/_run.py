@@ -91,7 +91,8 @@ def locate(path: Any, step: Any = None) -> Path:
     except (ValueError, OSError):
         raise
     except Exception as error:  # the client of a cloud has types of its own
-        why = f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        first, _, _ = str(error).partition("\n")
+        why = f"({type(error).__name__}: {first})"
         raise OSError(f"path={str(path)!r} cannot be looked at. {why}") from error
 
 

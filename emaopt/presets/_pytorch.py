@@ -12,7 +12,7 @@ from emaopt._average.decays import (
     inverse_gamma,
     power as power_function,
 )
-from emaopt._tree.checks import check_scalar
+from emaopt._tree.checks import check_flag, check_scalar
 
 from ._common import (
     check_bounds,
@@ -82,6 +82,7 @@ def timm(
     check_whole(0, update_after_step=update_after_step)
     check_positive(warmup_gamma=warmup_gamma, warmup_power=warmup_power)
     warm = inverse_gamma(warmup_gamma, warmup_power, min_decay, decay)
+    check_flag("use_warmup", use_warmup)
     made = after(update_after_step + 1, warm if use_warmup else decay)
     given = decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power
     return named(made, "timm", *given)
@@ -119,6 +120,7 @@ def diffusers(
     check_whole(0, update_after_step=update_after_step)
     check_positive(inv_gamma=inv_gamma, power=power)
     warm = inverse_gamma(inv_gamma, power, min_decay, decay)
+    check_flag("use_ema_warmup", use_ema_warmup)
     made = after(update_after_step + 1, warm if use_ema_warmup else ramp(10, min_decay, decay))
     given = decay, min_decay, update_after_step, use_ema_warmup, inv_gamma, power
     return named(made, "diffusers", *given)

@@ -2,6 +2,7 @@
 
 from emaopt._average.decay import Decay, as_decay
 from emaopt._average.decays import after, debiased, power, warmup
+from emaopt._tree.checks import check_flag
 
 from ._common import check_shares, check_whole, each, named, ramp
 
@@ -28,6 +29,8 @@ def tf1(decay: float, num_updates: bool = False, zero_debias: bool = False) -> D
         2.0
     """
     check_shares(decay=decay)
+    check_flag("num_updates", num_updates)
+    check_flag("zero_debias", zero_debias)
     if num_updates and zero_debias:
         raise ValueError(
             "zero_debias=True with num_updates=True: the ramp already forgets where it started. "
@@ -66,6 +69,7 @@ def tfa(average_decay: float = 0.99, start_step: int = 0, dynamic_decay: bool = 
     """
     check_shares(average_decay=average_decay)
     check_whole(0, start_step=start_step)
+    check_flag("dynamic_decay", dynamic_decay)
     made = after(start_step, ramp(9, 0, average_decay) if dynamic_decay else average_decay)
     return named(made, "tfa", average_decay, start_step, dynamic_decay)
 

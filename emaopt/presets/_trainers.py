@@ -145,7 +145,7 @@ def mmengine(
         "StochasticWeightAverage": power(0),
         "MomentumAnnealingEMA": pointwise(annealing, call("annealing", momentum, gamma)),
     }
-    if ema_type not in kinds:
+    if not isinstance(ema_type, str) or ema_type not in kinds:
         raise ValueError(f"ema_type={ema_type!r} is not known. Pass one of: {', '.join(kinds)}.")
     made = after(max(begin_iter, 1) - 1, each(interval, kinds[ema_type]))
     return named(made, "mmengine", repr(ema_type), begin_iter, momentum, interval, gamma)

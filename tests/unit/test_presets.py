@@ -144,6 +144,12 @@ def test_what_a_preset_takes_over_several_updates_is_the_product_of_its_decays(c
     ("call", "message"),
     [
         (lambda: presets.tf1(1.1), r"decay=1\.1 is out of range\. Pass a number from 0 to 1"),
+        (lambda: presets.tf1(0.9, 1000), "num_updates=1000 is neither True nor False"),
+        (lambda: presets.tf1(0.9, zero_debias="no"), "zero_debias='no' is neither True"),
+        (lambda: presets.tfa(dynamic_decay=1), "dynamic_decay=1 is neither"),
+        (lambda: presets.timm(use_warmup="False"), "use_warmup='False' is neither"),
+        (lambda: presets.diffusers(use_ema_warmup=None), "use_ema_warmup=None is neither"),
+        (lambda: presets.mmengine([0.9]), r"ema_type=\[0\.9\] is not known"),
         (lambda: presets.tf1(0.9, True, True), "zero_debias=True with num_updates=True"),
         (lambda: presets.tfa(-0.1), r"average_decay=-0\.1"),
         (lambda: presets.tfa(start_step=-1), "start_step=-1 .* whole number from 0 to"),

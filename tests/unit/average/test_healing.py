@@ -224,3 +224,9 @@ def test_there_is_nothing_to_mend_where_nothing_is_a_floating_point_number():
     tx = emaopt.heal(emaopt.ema(0.5))
     _, state = tx.update({"seen": jnp.array([1])}, tx.init(params), params)
     assert int(emaopt.average(params, state)["seen"][0]) == 2
+
+
+def test_the_state_of_another_transformation_is_refused():
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="state is a EmaState, not that of heal"):
+        emaopt.heal(emaopt.ema()).update(params, emaopt.ema().init(params), params)

@@ -358,3 +358,11 @@ WRONG = {
 def test_what_is_wrong_is_told_with_the_fix(message):
     with pytest.raises(ValueError, match=message):
         WRONG[message]()
+
+
+def test_the_state_of_another_transformation_is_refused():
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="state is a EmaState, not that of primal"):
+        emaopt.primal(optax.sgd(0.1), emaopt.ema()).update(
+            params, emaopt.ema().init(params), params
+        )

@@ -177,6 +177,20 @@ def test_use_norm_is_believed(use_norm, expected):
     np.testing.assert_array_equal(clipped(tx, jnp.array([3.0, 4.0]), use_norm=use_norm), expected)
 
 
+@pytest.mark.parametrize("norm", [-1, -0.5, "2", True, 1j, 10**400, lambda: 1.0])
+def test_use_norm_is_a_norm(norm):
+    with pytest.raises(ValueError, match=r"use_norm=.* is out of range\. Pass 0 or above"):
+        clipped(clip_by_global_norm(2.5), jnp.array([3.0, 4.0]), use_norm=norm)
+
+
+@pytest.mark.parametrize("bound", ["1", True, 1j, abs, {"a": "1"}, jnp.array([1j])])
+@pytest.mark.parametrize("name", ["clip_value_min", "clip_value_max"])
+def test_a_bound_is_a_number(name, bound):
+    bounds = {"clip_value_min": None, "clip_value_max": None} | {name: bound}
+    with pytest.raises(ValueError, match=rf"{name}=.* is out of range\. Pass a number"):
+        clip_by_value(**bounds)
+
+
 def test_use_norm_reaches_through_a_chain():
     tx = optax.chain(clip_by_global_norm(2.5), optax.scale(2.0))
     updates = jnp.array([3.0, 4.0])

@@ -509,6 +509,12 @@ def test_shares_of_16_bits_are_refused_and_the_fix_works(name, dtype):
     bitwise(updates, factory(**hyper).update(grads, factory(**hyper).init(params), params)[0])
 
 
+@pytest.mark.parametrize("make_it", [emaopt.adagrad, emaopt.ftrl])
+def test_an_accumulator_starts_from_one_number(make_it):
+    with pytest.raises(ValueError, match=r"initial_accumulator_value=array\(\[0\.5, 0\.6\]\) is"):
+        make_it(0.1, initial_accumulator_value=np.array([0.5, 0.6]))
+
+
 @each_optimizer
 @pytest.mark.parametrize("returned", [None, "0.1", jnp.ones(1), [0.1], float("nan"), np.inf])
 def test_a_schedule_must_return_a_number(name, returned):

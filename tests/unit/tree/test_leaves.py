@@ -1,11 +1,14 @@
 """Leaves of several trees side by side, absent ones among them, and by their key paths."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import emaopt
 from emaopt._tree import leaves
 
 
@@ -111,3 +114,19 @@ def test_an_error_lists_a_few_names_of_many():
     many = {f"layer{i}": i for i in range(2000)}
     with pytest.raises(ValueError, match=r"only in first: layer0, layer1, .* and 1980 more\. Pass"):
         leaves.zip_leaves(first=many, second={})
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda p, u: emaopt.apply_gradients(optax.sgd(1.0), u, p, optax.sgd(1.0).init(p)),
+        lambda p, u: emaopt.ema(0.5).update(u, emaopt.ema(0.5).init(p), p),
+    ],
+    ids=["apply_gradients", "ema"],
+)
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (1,)])
+def test_an_update_of_another_shape_is_named(step, shape):
+    params = {"a": jnp.ones(1), "b": jnp.ones(2)}
+    message = rf"updates has shape {re.escape(str(shape))} at leaf 'b' where params has \(2,\)"
+    with pytest.raises(ValueError, match=message):
+        step(params, {"a": jnp.ones(1), "b": jnp.ones(shape)})
