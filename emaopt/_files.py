@@ -11,6 +11,10 @@ from typing import Any
 from etils.epath import Path
 
 
+class DamagedError(ValueError):
+    """Report a file of the checkpoint that is missing, cut off, or not what was saved."""
+
+
 def read_file(path: Path) -> bytes:
     """Read a whole file; a FIFO or a device in its place would never end."""
     if "://" not in str(path) and not stat.S_ISREG(os.stat(path).st_mode):

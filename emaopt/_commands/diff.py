@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emaopt._names import AVERAGE, origin
+from emaopt._safetensors import newest_tensors, tensors_in
 from emaopt._tree.checks import describe
 from emaopt._tree.leaves import parts
 from emaopt._tree.numbers import bytes_of, dtype_of, is_inexact
 from emaopt._tree.paths import KeyPath, printable
 from emaopt.checkpoint._run import locate
-from emaopt.checkpoint._shards import newest_tensors, tensors_in
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1._files import Checkpoint, cast
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from emaopt._names import role
+from emaopt._safetensors import newest_tensors, tensors_in
 from emaopt._tree.numbers import bytes_of, dtype_of
 from emaopt._tree.paths import printable
 from emaopt.checkpoint._run import locate
-from emaopt.checkpoint._shards import newest_tensors, tensors_in
 from emaopt.checkpoint._stored import Stored
 from emaopt.tf1 import inspect
 

@@ -12,9 +12,9 @@ from etils.epath import Path
 
 from emaopt._extras import require
 from emaopt._files import remove as remove_whole, remove_unfinished, temporary as temporary
+from emaopt._safetensors import holds_tensors, tensor_steps
 from emaopt._tree.paths import KeyPath, printable
 from emaopt.checkpoint._run import holds_checkpoints
-from emaopt.checkpoint._shards import holds_tensors, tensor_steps
 
 
 TF1, ORBAX, SAFETENSORS = "TF1", "Orbax", "safetensors"

@@ -15,6 +15,7 @@ from typing import Any
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 
+from emaopt._safetensors import is_tensors
 from emaopt._tree.checks import written_names
 from emaopt._tree.paths import Params, Tree
 
@@ -25,7 +26,7 @@ from ._managers import from_items as from_items, items as items
 from ._partial import load_params
 from ._resume import resume as resume, resume_partial as resume_partial
 from ._run import locate
-from ._shards import is_tensors, load_tensors
+from ._shards import load_tensors
 from ._snapshot import snapshot as snapshot
 from ._stored import Stored
 from ._trees import named_leaves

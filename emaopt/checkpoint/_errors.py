@@ -8,14 +8,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from emaopt._files import DamagedError as DamagedError
 from emaopt._tree.paths import KeyPath, printable
 
 
 SHOWN = 10  # problems that an error lists, of each kind
-
-
-class DamagedError(ValueError):
-    """Report a file of the checkpoint that is missing, cut off, or not what was saved."""
 
 
 class MismatchError(ValueError):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils.epath import Path
 
-from emaopt._files import numbered, read_json
+from emaopt._safetensors import INDEX, Tensor, headers_of
 from emaopt._tree.checks import check_array
 from emaopt._tree.leaves import parts
 from emaopt._tree.paths import Tree, few
@@ -22,12 +22,9 @@ from emaopt._tree.paths import Tree, few
 from ._digest import digests
 from ._errors import DamagedError, MismatchError, missing, saving, shortened
 from ._leaf import are_floating, differs, like_leaf, target_of
-from ._safetensors import Header, Tensor, read_header
 from ._trees import named_leaves
 
 
-INDEX = ".safetensors.index.json"  # the end of the name of an index
-_SHARD = r"(.+-)[0-9]+-of-([0-9]+)\.safetensors"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -124,113 +121,6 @@ def _whole(path: Path, write: Callable[[str], Any]) -> None:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def is_tensors(path: Any) -> bool:
-    """Tell whether a path is that of a `.safetensors` file, or of the index of several."""
-    return str(path).endswith((".safetensors", INDEX))
-
-
-def holds_tensors(path: Path) -> bool:
-    """Tell whether there is a `.safetensors` file, an index of several, or a directory of them."""
-    if path.is_dir():
-        return any(is_tensors(file) for file in path.iterdir())
-    return is_tensors(path) and (path.exists() or _beside(path).exists())
-
-
-def tensor_steps(run: Path) -> dict[int, Path]:
-    """Return the files, or the directories of files, whose names end in a step, by the step.
-
-    There are none where an index says that all files are one checkpoint.
-    """
-    if not run.is_dir() or any(run.glob(f"*{INDEX}")):
-        return {}
-    files = [path for path in sorted(run.iterdir()) if holds_tensors(path)]
-    return numbered(run, {path: path.name.removesuffix(".safetensors") for path in files})
-
-
-def newest_tensors(path: Path) -> Path:
-    """Return the newest checkpoint of a run of `.safetensors` files, or the one that is there."""
-    steps = tensor_steps(path)
-    return steps[max(steps)] if steps else path
-
-
-def headers_of(path: Path) -> dict[Path, Header]:
-    """Read the headers of a checkpoint by file. No value is read.
-
-    Args:
-        path: a file, an index, or a directory with one; without an index, all files in it.
-
-    Raises:
-        FileNotFoundError: there is nothing of this name.
-        DamagedError: a file or a tensor is missing, twice there, or cut off.
-    """
-    told = _told(path)
-    if lost := [file.name for file in told if not file.exists()]:
-        raise DamagedError(f"{path} lacks {few(lost)}. Copy all shards.")
-    headers = {file: read_header(file) for file in told}
-    home: dict[str, Path] = {}
-    for file, names in told.items():
-        inside = headers[file].tensors
-        if lost := [name for name in names if name not in inside]:
-            raise DamagedError(f"{file} lacks {few(lost)}, which the index names. Copy it again.")
-        for name in inside:
-            if name in home:
-                raise DamagedError(
-                    f"{name} is in {home[name]} and in {file.name}. Pass one of them, or move one "
-                    "to another place."
-                )
-            home[name] = file
-    return headers
-
-
-def tensors_in(path: Path) -> dict[str, Tensor]:
-    """Find every tensor of a checkpoint by its name in the files: see `headers_of`."""
-    headers = headers_of(path).values()
-    found = {name: tensor for header in headers for name, tensor in header.tensors.items()}
-    return dict(sorted(found.items()))
-
-
-def _told(path: Path) -> dict[Path, list[str]]:
-    """Return the files of a checkpoint, and the tensors that an index says are in each."""
-    if index := _index_of(path):
-        files: dict[Path, list[str]] = {}
-        try:
-            for name, file in read_json(index)["weight_map"].items():
-                files.setdefault(index.parent / file, []).append(name)
-        except Exception as error:
-            raise DamagedError(f"{index} is damaged, or no index ({error}).") from error
-        return files
-    if not path.is_dir():
-        if not path.exists():
-            raise FileNotFoundError(f"path={str(path)!r} is not there. Pass a file or its index.")
-        return {path: []}
-    names = {file.name for file in path.glob("*.safetensors")}
-    for found in filter(None, [re.fullmatch(_SHARD, name) for name in names]):
-        stem, count = found.groups()
-        numbers = range(1, int(count) + 1)
-        names = names.union(f"{stem}{i:0{len(count)}}-of-{count}.safetensors" for i in numbers)
-    return {path / name: [] for name in sorted(names)}
-
-
-def _index_of(path: Path) -> Path | None:
-    """Return the index that says which files a checkpoint has, if there is one."""
-    if path.is_dir():
-        found = sorted(path.glob(f"*{INDEX}"))
-        if len(found) > 1:
-            raise ValueError(f"{path} has several models. Pass one of {few(map(str, found))}.")
-        return found[0] if found else None
-    beside = _beside(path)
-    return beside if beside.exists() and (beside == path or not path.exists()) else None
-
-
-def _beside(path: Path) -> Path:
-    """Return the index of the file that a model would be in one piece; an index as it is."""
-    text = str(path)
-    return path if text.endswith(INDEX) else Path(text.removesuffix(".safetensors") + INDEX)
 
 
 def load_tensors(path: Path, like: Tree, cast: bool) -> Tree:

@@ -9,9 +9,9 @@ import numpy as np
 from etils.epath import Path
 
 from emaopt._names import role
+from emaopt._safetensors import tensors_in
 from emaopt._tree.checks import written_names
 from emaopt._tree.paths import KeyPath, Tree, nested
-from emaopt.checkpoint._shards import tensors_in
 from emaopt.tf1._files import Checkpoint
 
 from ._blocks import Index

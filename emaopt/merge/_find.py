@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from etils.epath import Path
 
 from emaopt._files import numbered
+from emaopt._safetensors import holds_tensors, tensor_steps
 from emaopt._tree.paths import few
 from emaopt.checkpoint._run import finished_steps, locate, pick
-from emaopt.checkpoint._shards import holds_tensors, tensor_steps
 from emaopt.checkpoint._stored import Stored
 
 from ._files import SafetensorsTree, Tf1Tree

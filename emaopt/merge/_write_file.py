@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
+from emaopt._safetensors import DTYPES
 from emaopt._tree.checks import written_names
 from emaopt._tree.paths import KeyPath
-from emaopt.checkpoint._safetensors import DTYPES
 
 from ._blocks import form_of
 from ._sum import Block

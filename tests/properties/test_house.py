@@ -18,13 +18,14 @@ ROOMS = {
     "_extras": (set(), set()),
     "_files": (set(), {"etils"}),
     "_tree": (set(), LIGHT),
+    "_safetensors": ({"_files", "_tree"}, {"jax", "numpy", "etils"}),
     "_average": ({"_tree"}, LIGHT),
     "_optimizers": ({"_tree", "_average"}, LIGHT),
     "_names": ({"_tree", "_average", "_optimizers"}, LIGHT),
     "presets": ({"_tree", "_average"}, {"jax"}),
     "posthoc": ({"_tree", "_average"}, {"jax", "numpy"}),
     "checkpoint": (
-        {"_files", "_tree", "_average"},
+        {"_files", "_safetensors", "_tree", "_average"},
         LIGHT | {"orbax", "etils", "safetensors", "tensorstore"},
     ),
     "tf1": ({"_extras", "_tree", "_average", "_names"}, LIGHT | {"tensorflow"}),
@@ -33,12 +34,12 @@ ROOMS = {
         LIGHT | {"tensorboardX"},
     ),
     "merge": (
-        {"_files", "_tree", "_average", "_names", "checkpoint", "posthoc", "tf1"},
+        {"_files", "_safetensors", "_tree", "_average", "_names", "checkpoint", "posthoc", "tf1"},
         LIGHT | {"etils", "orbax", "tensorstore"},
     ),
     "__init__": ({"_tree", "_average", "_optimizers", "_names"}, set()),
     "_commands": (
-        {"", "_extras", "_files", "_tree", "_average", "_optimizers", "_names"}
+        {"", "_extras", "_files", "_safetensors", "_tree", "_average", "_optimizers", "_names"}
         | {"checkpoint", "posthoc", "merge", "tf1"},
         LIGHT | {"etils", "flax", "matplotlib", "orbax", "sklearn", "tqdm"},
     ),
@@ -51,7 +52,7 @@ FLOORS = {
     " | find healing meters statistics | feedback host",
     "_optimizers": "interrupts numerics | builder clip learning_rate steps | rules",
     "checkpoint": "_context _errors _leaf _digest _place _run _trees"
-    " | _roots | _contents _item _safetensors _verify | _stored _items _shards"
+    " | _roots | _contents _item _verify | _stored _items _shards"
     " | _blocks _frame _write"
     " | _partial _export _snapshot _watch | _resume | _managers | __init__",
     "presets": "_common | _tensorflow _pytorch _trainers _jax | __init__",

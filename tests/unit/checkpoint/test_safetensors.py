@@ -16,7 +16,7 @@ from train import train
 
 import emaopt
 from emaopt import checkpoint
-from emaopt.checkpoint._safetensors import read_header
+from emaopt._safetensors import read_header
 
 
 TX = optax.chain(optax.sgd(0.1), emaopt.ema(0.5))
