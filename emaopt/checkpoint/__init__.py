@@ -78,10 +78,19 @@ def save(
             or one that Orbax's context casts. It names the leaf, and nothing is written.
         OSError: the checkpoint could not be written. It names the cause, such as a full disk.
     """
-    given = {"name": name, "digest": digest, "custom_metadata": custom_metadata}
-    orbax = {"force": force, "overwrite": overwrite, "metrics": metrics}
-    state = params, opt_state, rest
-    return _written(checkpointer, "save_checkpointables", step, state, **given, **orbax)
+    step = check_target(checkpointer, step, overwrite)
+    trees = items_of(params, opt_state, name, rest)
+    return write(
+        checkpointer,
+        "save_checkpointables",
+        step,
+        trees,
+        digest=digest,
+        custom_metadata=custom_metadata,
+        force=force,
+        overwrite=overwrite,
+        metrics=metrics,
+    )
 
 
 def save_async(
@@ -122,30 +131,19 @@ def save_async(
     Returns:
         Orbax's response, whose `result()` waits; `None` where a policy says no.
     """
-    given = {"name": name, "digest": digest, "custom_metadata": custom_metadata}
-    orbax = {"force": force, "overwrite": overwrite, "metrics": metrics}
-    state = params, opt_state, rest
-    return _written(checkpointer, "save_checkpointables_async", step, state, **given, **orbax)
-
-
-def _written(
-    checkpointer: Any,
-    method: str,
-    step: Any,
-    state: tuple[Tree, Tree, dict[str, Any]],
-    *,
-    name: str | None,
-    digest: bool,
-    custom_metadata: dict[str, Any] | None,
-    overwrite: bool,
-    **orbax: Any,
-) -> Any:
-    """Check a training state, and have Orbax write it by one of its methods."""
     step = check_target(checkpointer, step, overwrite)
-    params, opt_state, rest = state
-    items = items_of(params, opt_state, name, rest)
-    given = {"digest": digest, "custom_metadata": custom_metadata, "overwrite": overwrite}
-    return write(checkpointer, method, step, items, **given, **orbax)
+    trees = items_of(params, opt_state, name, rest)
+    return write(
+        checkpointer,
+        "save_checkpointables_async",
+        step,
+        trees,
+        digest=digest,
+        custom_metadata=custom_metadata,
+        force=force,
+        overwrite=overwrite,
+        metrics=metrics,
+    )
 
 
 def restore_params(path: Any, like: Params, *, step: int | None = None) -> Params:
