@@ -89,7 +89,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
             "emaopt merge run --one-minus-sqrt 5000 out   as a decay of 5000 updates",
             "emaopt merge run --mean --last 8 out",
             "emaopt merge run --mean --last 8 --curve out at every checkpoint",
-            "emaopt merge run --mean 10% --curve out      each of a tenth of the updates so far",
+            "emaopt merge run --mean 10% --curve out      each of a tenth of the updates",
             "emaopt merge run --sigma-rel 0.15 out        of recorded averages",
             "emaopt merge run --source fast=decay:0.99 --half-life 700 out",
             "emaopt merge run1 run2 run3 soup --weights 0.5,0.25,0.25",
