@@ -111,6 +111,45 @@ def scramble(file):
     file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+def test_what_plain_orbax_does_with_each_of_these_is_as_the_page_says(tmp_path):
+    """The column beside ours in docs/checkpoints.md."""
+    tx, run = optax.chain(optax.sgd(0.1), emaopt.ema(0.9)), tmp_path / "run"
+    values = {step: jax.random.normal(jax.random.key(step), (300,)) for step in (1, 2)}
+    with ocp.training.Checkpointer(run) as checkpointer:
+        for step, w in values.items():
+            checkpoint.save(checkpointer, step, {"w": w}, tx.init({"w": w}))
+
+    def load(step, name="w", size=300, dtype=jnp.float32):
+        like = {name: jax.ShapeDtypeStruct((size,), dtype)}
+        return ocp.load(run / str(step), like, checkpointable_name="params")[name]
+
+    file = max((run / "1" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    whole, silent = file.read_bytes(), 0
+    for at in range(0, len(whole), 50):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with contextlib.suppress(Exception):
+            silent += not np.array_equal(load(1), values[1])
+    file.write_bytes(whole)
+    assert silent > len(whole) / 50 / 2  # mostly silently wrong
+    assert load(2, dtype=jnp.int32).dtype == jnp.int32
+    with pytest.raises(ValueError, match=r"^(?!.*params/w)"):
+        load(2, size=301)
+    lenient = ocp.Context()
+    lenient.pytree.loading.partial_load = True
+    with lenient:
+        assert isinstance(load(2, name="v"), jax.ShapeDtypeStruct)  # the template
+    shutil.copytree(run / "2", run / "best_7")
+    with ocp.training.Checkpointer(run) as checkpointer:
+        assert [saved.step for saved in checkpointer.checkpoints] == [1, 2]
+    shutil.rmtree(run / "2" / "params")
+    shutil.copytree(run / "1" / "params", run / "2" / "params")
+    assert np.array_equal(load(2), values[1])  # items of two steps
+    shutil.rmtree(run / "2" / "opt_state")
+    assert np.array_equal(load(2), values[1])  # an item is gone
+
+
 # What plain Orbax does of each of these: a wrong value, an error without a name, or a dump.
 FAILURES = {
     "bit flipped in array data": (
