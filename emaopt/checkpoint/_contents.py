@@ -261,7 +261,10 @@ class Contents:
         for own in self._shadows[node]:
             name = self._named(node, own)
             in_shadow = self.index[(*node, SHADOW, *own)]
-            leaves[name] = self.stored_params.get(name, in_shadow) if swapped else in_shadow
+            at = self.stored_params.get(name) if swapped else in_shadow
+            if at is None:  # in the shadow is the raw parameter: the average is lost
+                continue
+            leaves[name] = at
             if (*node, RESIDUE, *own) in self.index:
                 residues[name] = self.index[(*node, RESIDUE, *own)]
             if (*node, ROWS, THEN, *own) in self.index and not swapped:

@@ -156,3 +156,44 @@ def test_of_several_averages_one_must_be_named():
     ):
         found.places([("w",)], None)
     assert found.places([("w",)], "slow")[("w",)].path == path("opt_state/slow/shadow/w")
+
+
+@pytest.mark.parametrize(
+    ("slot", "node"),
+    [
+        ("0/slots/momentum", "1"),
+        ("0/0/mu", "1"),
+        ("0/trace", "1"),
+        ("acc_grads", "inner_opt_state/1"),
+        ("inner_opt_state/0/slots/m", "inner_opt_state/1"),
+    ],
+)
+@pytest.mark.parametrize("item", ["", "opt_state"])
+def test_a_slot_is_never_taken_for_the_parameters(slot, node, item):
+    found = contents(f"{item}/{slot}/w", f"{item}/{node}/step", f"{item}/{node}/shadow/w")
+    assert found.is_snapshot
+    assert not found.params
+    assert [place.path for place in found.places([("w",)], None).values()] == [
+        path(f"{item}/{node}/shadow/w")
+    ]
+
+
+def test_a_swapped_average_whose_place_is_lost_is_missing():
+    marked = [f"opt_state/1/{leaf}" for leaf in ("step", "emaopt_swapped", "shadow/w", "shadow/b")]
+    found = contents("params/b", "opt_state/0/slots/m/b", "opt_state/0/slots/m/w", *marked)
+    assert found.places([("w",), ("b",)], None).keys() == {("b",)}
+    assert paths(found.params) == {"w": "opt_state/1/shadow/w", "b": "opt_state/1/shadow/b"}
+    assert contents("opt_state/0/slots/m/w", *marked).places([("w",), ("b",)], None) == {}
+
+
+@pytest.mark.parametrize("networks", [("0", "1"), ("gen", "disc")])
+def test_a_pair_of_parameters_and_states_may_be_saved_as_a_tuple(networks):
+    params = [f"/0/{network}/w" for network in networks]
+    slots = [f"/1/{network}/0/slots/m/w" for network in networks]
+    averages = [f"/1/{network}/1/{leaf}" for network in networks for leaf in ("step", "shadow/w")]
+    found = contents(*params, *slots, *averages)
+    assert paths(found.params) == {f"{n}/w": f"/0/{n}/w" for n in networks}
+    places = found.places([(n, "w") for n in networks], None)
+    assert [place.path for place in places.values()] == [
+        path(f"/1/{n}/1/shadow/w") for n in networks
+    ]
