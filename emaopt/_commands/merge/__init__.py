@@ -81,19 +81,24 @@ def command(
     elif curve:
         _curve(run, target, threshold, destination, report)
     else:
-        plan = run.plan(target.of(run), np.inf, target.text)
-        advice = needed(run, target) if plan.residual > min(CLOSE, threshold) else ""
-        if plan.residual > threshold:
-            raise ValueError(
-                f"{target.text} is out of reach: its predicted error {plan.residual:.2g} is above "
-                f"--threshold {threshold:g}. {advice}"
-            )
-        _introduce(run, threshold, report)
-        about = {"target": target.text, "residual": plan.residual, "noise": plan.noise}
-        lines = [f"The sum comes near the target, and is not the same. {advice}."] if advice else []
-        report.tell(about, f"{target.text}: {predicted(plan)}", *lines)
-        _merge(plan, destination, report)
+        _one(run, target, threshold, destination, report)
     report.end()
+
+
+def _one(run: Run, target: Target, threshold: float, destination: Any, report: Report) -> None:
+    """Merge at the newest checkpoint, if the target is within reach."""
+    plan = run.plan(target.of(run), np.inf, target.text)
+    advice = needed(run, target) if plan.residual > min(CLOSE, threshold) else ""
+    if plan.residual > threshold:
+        raise ValueError(
+            f"{target.text} is out of reach: its predicted error {plan.residual:.2g} is above "
+            f"--threshold {threshold:g}. {advice}"
+        )
+    _introduce(run, threshold, report)
+    about = {"target": target.text, "residual": plan.residual, "noise": plan.noise}
+    lines = [f"The sum comes near the target, and is not the same. {advice}."] if advice else []
+    report.tell(about, f"{target.text}: {predicted(plan)}", *lines)
+    _merge(plan, destination, report)
 
 
 def _give_back_memory() -> None:
