@@ -44,6 +44,9 @@ def _with_numbers(args: list[str] | None) -> list[str]:
             result[-1] += f"={arg}" if has_number else "=all"
             if has_number:
                 continue
+        if result and result[-1] == "--weights":  # argparse takes -1,2 for an option
+            result[-1] += f"={arg}"
+            continue
         result.append(arg)
     if result and result[-1] in _OPTIONAL:
         result[-1] += "=all"

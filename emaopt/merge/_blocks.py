@@ -43,17 +43,17 @@ def block_shape(form: Form, chunk: tuple[int, ...]) -> tuple[int, ...]:
     Returns:
         A shape that starts at a multiple of itself in every axis.
     """
-    block = [min(own, whole) for own, whole in zip(chunk, form.shape, strict=True)]
+    block = [max(1, min(own, whole)) for own, whole in zip(chunk, form.shape, strict=True)]
     for axis in reversed(range(len(block))):
         room = max(1, ELEMENTS_AT_ONCE // math.prod(block))
-        block[axis] = min(form.shape[axis], block[axis] * room)
+        block[axis] = min(max(1, form.shape[axis]), block[axis] * room)
         if block[axis] < form.shape[axis]:
             break
     return tuple(block)
 
 
 def blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Index]:
-    """Yield the index of each block of an array."""
+    """Yield the index of each block of an array; nothing, if it has no elements."""
     starts = [range(0, whole, own) for whole, own in zip(shape, block, strict=True)]
     for corner in itertools.product(*starts):
         ends = map(min, map(sum, zip(corner, block, strict=True)), shape)

@@ -3,12 +3,15 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils.epath import Path
 
 from emaopt._files import numbered
 from emaopt._safetensors import holds_tensors, tensor_steps
+from emaopt._tree.numbers import dtype_of, is_inexact
 from emaopt._tree.paths import few
-from emaopt.checkpoint._run import finished_steps, locate, pick
+from emaopt.checkpoint._item import METADATA
+from emaopt.checkpoint._run import finished_steps, is_finished, locate, pick
 from emaopt.checkpoint._stored import Stored
 
 from ._files import SafetensorsTree, Tf1Tree
@@ -45,6 +48,12 @@ def checkpoints(run: Path) -> Found:
     return Found(TF1, numbered(run, prefixes))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a path is a single checkpoint, and no run."""
+    index = Path(f"{path}.index")
+    return is_finished(path) or (path / METADATA).exists() or holds_tensors(path) or index.exists()
+
+
 def newest(path: Path, at: int | None) -> tuple[str, Path]:
     """Find one checkpoint: the path itself, or that of a step of a run; by default its newest."""
     if at is None:
@@ -79,7 +88,9 @@ def plain_tree(format_: str, path: Path, node: str | None) -> StoredTree:
 
 
 def check_same(trees: Iterable[StoredTree]) -> None:
-    """Raise unless all trees have the same leaves, in the same shapes.
+    """Raise unless all trees have the same leaves, in the same shapes and of the same kinds.
+
+    float32 and bfloat16 are of one kind; whole numbers, complex ones and text are of others.
 
     Raises:
         ValueError: One differs from the last. The error names the checkpoint and its leaves.
@@ -103,3 +114,18 @@ def check_same(trees: Iterable[StoredTree]) -> None:
                     f"{'/'.join(name)} has shape {shapes[0]} in {tree.path}, and {shapes[1]} in "
                     f"{base.path}. Leave one out, or pass checkpoints of one model"
                 )
+            kinds = [_kind(x) for x in (tree.leaves[name], leaf)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"{'/'.join(name)} is {kinds[0]} in {tree.path}, and {kinds[1]} in "
+                    f"{base.path}. Leave one out, or pass checkpoints of one model"
+                )
+
+
+def _kind(leaf: Any) -> str:
+    """Return what a leaf is, in a word."""
+    if isinstance(leaf, str):
+        return "text"
+    if not is_inexact(leaf):
+        return "whole numbers"
+    return "complex" if np.issubdtype(dtype_of(leaf), np.complexfloating) else "real"

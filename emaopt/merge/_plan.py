@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from emaopt._files import remove, remove_unfinished, temporary
+from emaopt._files import numbered, remove, remove_unfinished, temporary
 from emaopt._tree.paths import KeyPath
 from emaopt.checkpoint._digest import digest_of_block
 from emaopt.checkpoint._run import check_writable
@@ -75,7 +75,8 @@ class Plan:
 
         Raises:
             FileExistsError: There is something at the destination.
-            ValueError: Something is not finite, or could not be read back.
+            ValueError: Something is not finite, or could not be read back; or the destination is
+                inside a source, or would be a step of its run.
             DamagedError: Something is not what was saved.
             OSError: The destination cannot be written. It names the cause, such as a full disk.
             RuntimeError: Another process raised one of these.
@@ -83,6 +84,9 @@ class Plan:
         destination = Path(destination)
         if destination.exists():
             raise FileExistsError(f"{destination} exists. Remove it or pass another path")
+        for part in self.parts:
+            for term in part.terms:
+                _check_apart(destination, term.tree.path)
         is_file = destination.suffix == ".safetensors"
         if is_file and jax.process_count() > 1:
             raise ValueError(
@@ -179,3 +183,18 @@ class Plan:
                 f"{destination} needs {sum(forms) / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free. "
                 "Pass a path on another disk"
             )
+
+
+def _check_apart(destination: Path, source: Path) -> None:
+    """Raise if a new checkpoint would be taken for a part of a source, or for a step of its run."""
+    if source in destination.parents:
+        raise ValueError(f"{destination} is inside the checkpoint {source}. Pass another path")
+    run = source.parent
+    steps = [
+        numbered(run, {path: path.name.removesuffix(".safetensors")})
+        for path in (source, destination)
+    ]
+    if run == destination.parent and all(steps):
+        raise ValueError(
+            f"{destination} would be taken for a step of the run {run}. Pass another path"
+        )

@@ -16,7 +16,7 @@ from emaopt.checkpoint._stored import Stored
 from emaopt.posthoc._fit import Source, fit, profile_of
 
 from ._averages import Recorded, averages_in, recognized, short_names, told
-from ._find import ORBAX, StoredTree, check_same, checkpoints, newest, plain_tree
+from ._find import ORBAX, StoredTree, check_same, checkpoints, is_checkpoint, newest, plain_tree
 from ._ledgers import NamedSource
 from ._orbax import OrbaxTree
 from ._plan import Plan
@@ -103,6 +103,10 @@ class Run:
             FileNotFoundError: There is no such checkpoint.
         """
         found = checkpoints(Path(run))
+        if not found.steps and is_checkpoint(Path(run)):
+            raise ValueError(
+                f"{run} is one checkpoint. Pass the run that it is of, or several checkpoints"
+            )
         path = pick(found.steps, at, run)
         steps = {s: found.steps[s] for s in sorted(found.steps) if at is None or s <= at}
         left_out: list[str] = []

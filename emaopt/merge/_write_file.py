@@ -63,7 +63,8 @@ class SafetensorsWriter:
         with open(self.file, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
-            os.posix_fallocate(file.fileno(), self._first, max(1, self._bytes))
+            if self._bytes:
+                os.posix_fallocate(file.fileno(), self._first, self._bytes)
 
     def put(self, group: list[tuple[Block, np.ndarray]]) -> list[Callable[[], Any]]:
         """Write some blocks."""

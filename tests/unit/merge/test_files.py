@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import bitwise
 from etils.epath import Path
 from orbax.checkpoint import v1 as ocp
 from safetensors.flax import load_file, save_file
@@ -105,6 +106,15 @@ def test_an_average_of_no_parameter_is_an_error(tmp_path):
     ocp.save(tmp_path / "run" / "4", {"params": {"w": jnp.ones(2)}, "opt_state": state})
     with pytest.raises(ValueError, match="has no parameters for the averages of v"):
         Run.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("more", [{}, {"w": jnp.ones(2), "s": jnp.float32(3)}])
+def test_arrays_without_elements_stay_in_a_file(more, tmp_path):
+    tree = {"a": jnp.zeros((0, 3)), "b": jnp.zeros((2, 0), jnp.bfloat16), **more}
+    save_file(tree, tmp_path / "model.safetensors")
+    file = tmp_path / "out.safetensors"
+    soup([tmp_path / "model.safetensors"] * 2).write(file)
+    bitwise(load_file(file), tree)  # which refuses a file with a byte too many
 
 
 def test_a_tensor_below_another_one_is_refused(tmp_path):

@@ -281,6 +281,9 @@ def test_cooldowns_are_listed_where_checkpoints_make_steps_of_them(runs, tmp_pat
         ocp.save(tmp_path / str(t), {"params": {"w": np.ones(2)}, "opt_state": state})
     listed = {r["target"] for r in run(capsys, tmp_path, "--source", "ema=gamma:0")["targets"]}
     assert "--one-minus-sqrt 5" in listed
+    with pytest.raises(SystemExit):  # nothing is saved more often than every update
+        main(["merge", str(tmp_path), "--source", "ema=gamma:0", "--half-life", "99", "new"])
+    assert "above --threshold 0.5. More checkpoints, or a second aver" in capsys.readouterr().err
 
 
 @pytest.mark.slow

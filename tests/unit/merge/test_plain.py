@@ -260,7 +260,7 @@ def test_soups_are_means_of_runs(plain, tmp_path, capsys):
     made = ocp.load(tmp_path / "out", LIKE, checkpointable_name="params")
     kernels = [params_of(s)["layers"][0]["kernel"] for s in (10, 20, 40)]
     np.testing.assert_allclose(made["layers"][0]["kernel"], np.mean(kernels, 0), rtol=1e-6)
-    main(["merge", str(other), str(other), str(tmp_path / "x.safetensors"), "--weights", "3,-2"])
+    main(["merge", str(other), str(other), str(tmp_path / "x.safetensors"), "--weights", "-2,3"])
     assert "3         " in capsys.readouterr().out
     assert load_file(tmp_path / "x.safetensors")["w"].tolist() == [1, 1]
 
@@ -304,6 +304,12 @@ MISTAKES = {
     "nan --mean new": "nan/1 is not finite at leaf 'b/w'. Move that checkpoint to another place",
     "{plain} text new.safetensors": "is of another tree",
     "text text strings.safetensors": "name is a string, which a .safetensors file cannot hold",
+    "kinds --mean new": "w is whole numbers in .*kinds/1, and complex in .*kinds/3. Leave one",
+    "kinds/2 kinds/3 new": "w is real in .*kinds/2, and complex in .*kinds/3. Leave one out, or",
+    "{plain}/10 --mean new": "run/10 is one checkpoint. Pass the run that it is of, or several ch",
+    "twice/a-1.safetensors": "a-1.safetensors is one checkpoint. Pass the run that it is of, or",
+    "{plain} --mean {plain}/50": "run/50 would be taken for a step of the run .*/run. Pass anothe",
+    "{plain} --mean {plain}/40/new": "40/new is inside the checkpoint .*run/40. Pass another path",
     "twice --mean new": "twice has step 1 twice: 'a-1.safetensors' and 'b-1.safetensors'. Move one",
 }
 
@@ -322,6 +328,8 @@ def odd(tmp_path_factory):
     save("nan/1", a=np.ones(2), b={"w": np.array([1, np.nan])})
     save("nan/2", a=np.ones(2), b={"w": np.ones(2)})
     save("text/1", name="x", w=np.ones(2))
+    for step, value in enumerate((np.int8(1), np.float32(1), np.complex64(1)), 1):
+        save(f"kinds/{step}", w=np.full(2, value))
     (root / "twice").mkdir()
     for name in "ab":
         save_file({"w": jnp.ones(2)}, root / "twice" / f"{name}-1.safetensors")
