@@ -11,7 +11,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -19,6 +19,12 @@ import jax
 
 
 _WAIT = 1.0  # seconds until an interrupt is raised that no next step has raised
+# Ctrl-C, and what a cluster sends before it stops a program. Not all systems have all of them.
+_HELD_BACK = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
 _kept: list[KeyboardInterrupt] = []  # an interrupt that is not raised yet
 
 
@@ -82,8 +88,13 @@ def uninterrupted() -> Iterator[None]:
 
     A step that donates its arguments deletes them. If `KeyboardInterrupt` comes before its results
     are assigned, parameters, optimizer and averages are lost. This holds for any step, of any
-    framework. The steps of `emaopt.minimize` need no such block. A second Ctrl-C interrupts at
-    once. In other threads than the main one nothing is done, as no interrupt comes there.
+    framework. The steps of `emaopt.minimize` need no such block for Ctrl-C. A second Ctrl-C
+    interrupts at once. In other threads than the main one nothing is done, as no interrupt comes
+    there.
+
+    The signals that a cluster sends before it stops a program (SIGTERM, SIGHUP, SIGUSR1, SIGUSR2)
+    wait as well, if you have set a handler for them. Put this block around the steps of
+    `emaopt.minimize` too, if such a handler raises.
 
     Example:
         >>> params = 0
@@ -93,21 +104,29 @@ def uninterrupted() -> Iterator[None]:
         >>> params
         3
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    came: list[FrameType | None] = []
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    came: dict[int, FrameType | None] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in _HELD_BACK}
+        before = {number: handler for number, handler in handlers.items() if callable(handler)}
 
     def wait(number: int, frame: FrameType | None) -> None:
-        came.append(frame)
-        if len(came) > 1:
-            before(number, frame)
+        if number not in came:
+            came[number] = frame
+            return
+        del came[number]
+        before[number](number, frame)
 
-    signal.signal(signal.SIGINT, wait)
-    try:
+    def call(number: int) -> None:
+        if number in came:
+            before[number](number, came[number])
+
+    # A stack runs all of its callbacks, the last one first, also if a handler raises in between.
+    # The handlers are back before they are called: a signal would be lost in between.
+    with contextlib.ExitStack() as at_end:
+        for number in before:
+            at_end.callback(call, number)
+        for number, handler in before.items():
+            signal.signal(number, wait)
+            at_end.callback(signal.signal, number, handler)
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if len(came) == 1:
-            before(signal.SIGINT, came[0])

@@ -63,6 +63,45 @@ def test_an_interrupt_waits_for_the_end_of_the_block_and_a_second_does_not():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_the_signals_of_a_cluster_wait_too_and_every_handler_is_called():
+    done = []
+
+    def stop(*_):
+        done.append("stop")
+        raise SystemExit(3)
+
+    def step():
+        with emaopt.uninterrupted():
+            for number in numbers:
+                signal.raise_signal(number)
+            done.append("assigned")
+
+    numbers = signal.SIGTERM, signal.SIGUSR1
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        with pytest.raises(SystemExit):
+            step()
+        assert done == ["assigned", "stop", "stop"]
+        with pytest.raises(KeyboardInterrupt), emaopt.uninterrupted():
+            ctrl_c()  # no SIGTERM comes, and its handler is not called
+        assert [signal.getsignal(number) for number in numbers] == [stop, stop]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert len(done) == 3
+
+
+def test_the_error_of_a_step_is_not_lost_behind_an_interrupt():
+    def step():
+        with emaopt.uninterrupted():
+            ctrl_c()
+            raise ValueError("of the step")
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        step()
+    assert str(raised.value.__context__) == "of the step"
+
+
 def test_elsewhere_it_does_nothing():
     done = []
 
