@@ -187,6 +187,8 @@ class Plan:
 
 def _check_apart(destination: Path, source: Path) -> None:
     """Raise if a new checkpoint would be taken for a part of a source, or for a step of its run."""
+    if "://" not in str(destination):  # the same place by other names
+        source, destination = (Path(os.path.realpath(path)) for path in (source, destination))
     if source in destination.parents:
         raise ValueError(f"{destination} is inside the checkpoint {source}. Pass another path")
     run = source.parent

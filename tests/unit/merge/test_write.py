@@ -119,6 +119,15 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_run_is_not_written_to_through_a_link(tmp_path):
+    save(tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    plan = soup([tmp_path / "run" / "1", tmp_path / "run" / "2"])
+    with pytest.raises(ValueError, match=r"run/3 would be taken for a step of the run .*/run\. Pa"):
+        plan.write(tmp_path / "link" / "3")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["1", "2"]
+
+
 def test_the_c_library_is_asked_to_give_back_what_is_freed(monkeypatch):
     called = []
     library = SimpleNamespace(mallopt=lambda *arguments: called.append(arguments))
