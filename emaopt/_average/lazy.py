@@ -84,7 +84,10 @@ def _zeros(table: Any, dtype: Any) -> jax.Array:
     if isinstance(table, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda x: _zeros(x, dtype), table)
     table = jnp.asarray(table)
-    column = table[(slice(None), *(0,) * (table.ndim - 1))]
+    if any(jax.typeof(table).sharding.spec[1:]):  # JAX takes no column of an explicit sharding
+        column = jnp.any(table != table, axis=tuple(range(1, table.ndim)))
+    else:
+        column = table[(slice(None), *(0,) * (table.ndim - 1))]
     zero = jnp.zeros_like(column, dtype=dtype)
     column = jnp.where(column == column, zero, zero)
     return jnp.broadcast_to(column[:, None], (table.shape[0], 3))

@@ -85,7 +85,7 @@ def choose(opt_state: Tree, name: str | None) -> dict[str, Found]:
         )
     if name is None:
         return found
-    if name in found:
+    if isinstance(name, str) and name in found:
         return {name: found[name]}
     paths = [average.path for average in found.values()]
     meant = called(name, paths) if isinstance(name, str) else []

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .checks import check_unique, describe
 from .numbers import is_concrete, is_inexact
@@ -220,7 +220,7 @@ def _gather(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _rows_of(x: jax.Array, ids: jax.Array, sharding: PartitionSpec | None) -> jax.Array:
+def _rows_of(x: jax.Array, ids: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     """Return the rows of an array that has them in the memory of the devices.
 
     Always compiled. Outside of `jit`, what `_as_vectors` returns would be a copy of the table.
@@ -259,7 +259,7 @@ def _scatter(x: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
     )
 
 
-def _sharding(table: jax.Array, is_view: bool) -> PartitionSpec | None:
+def _sharding(table: jax.Array, is_view: bool) -> NamedSharding | None:
     """Return the sharding of a table or a view of it, where shardings are part of the types.
 
     In a mesh of explicit axes JAX does not guess it. The rows of a view are the same everywhere.
@@ -267,7 +267,8 @@ def _sharding(table: jax.Array, is_view: bool) -> PartitionSpec | None:
     sharding = jax.typeof(table).sharding
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
         return None
-    return PartitionSpec(None, *sharding.spec[1:]) if is_view else sharding.spec
+    spec = PartitionSpec(None, *sharding.spec[1:]) if is_view else sharding.spec
+    return NamedSharding(sharding.mesh, spec)  # a spec alone needs `jax.set_mesh` around it
 
 
 def _find(tree: Tree, tables: Mapping[str, Rows]) -> tuple[list, Any, list[Rows | None]]:

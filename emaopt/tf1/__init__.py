@@ -18,6 +18,7 @@ import numpy as np
 from emaopt._average.match import settle, with_rows, without_rows
 from emaopt._names import AVERAGE, average_name, names, role
 from emaopt._tree.checks import describe
+from emaopt._tree.devices import refuse_deleted
 from emaopt._tree.numbers import dtype_of
 from emaopt._tree.paths import Params, State, Tree
 
@@ -279,7 +280,7 @@ def _why_not(checkpoint: Checkpoint, leaf: Leaf, unused: Sequence[str]) -> str |
         return f"{name} has shape {shape} in the checkpoint, {leaf.shape} here"
     here = dtype_of(leaf.value)
     if not any(_holds(other, dtype) for other in (here, leaf.dtype)):
-        enable = f"; jax_enable_x64 makes {dtype}" * (dtype.itemsize == 8)
+        enable = f"; jax_enable_x64 makes {dtype}" * (dtype.kind in "iuf" and dtype.itemsize == 8)
         return f"{name} is {dtype} in the checkpoint, {here} here{enable}"
     if not _holds(here, dtype) and cast(checkpoint.value(leaf.name), here) is None:
         return f"{name} would lose bits: it is {dtype} in the checkpoint, {here} here"
@@ -288,6 +289,7 @@ def _why_not(checkpoint: Checkpoint, leaf: Leaf, unused: Sequence[str]) -> str |
 
 def _in_tf1(leaf: Leaf, original: Checkpoint | None, problems: list[str]) -> np.ndarray:
     """Return the value of a leaf as TF1 has it. `problems`: where to say what does not fit."""
+    refuse_deleted(f"what is saved as {leaf.own!r} is a deleted array", leaf.value)
     value = np.asarray(leaf.value).reshape(leaf.shape)
     if original is None or leaf.name not in original.stored:
         if original is not None and leaf.kind == PARAMETER:

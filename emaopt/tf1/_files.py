@@ -27,7 +27,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Any):
-        given = os.fspath(path)
+        given = _text(path)
         self.prefix, known = _prefix(re.sub(ENDING, "", given))
         there = f" It has {known}." if known else ""
         try:
@@ -110,9 +110,15 @@ def _is_orbax(tf: Any, path: str) -> bool:
     )
 
 
+def _text(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path={path!r} is no path. Pass a str or a pathlib.Path.")
+    return os.fspath(path)
+
+
 def check_prefix(path: Any) -> None:
     """Raise unless a checkpoint can be written with this prefix, and be found again."""
-    path = os.fspath(path)
+    path = _text(path)
     tf = tensorflow()
     directory, base = os.path.split(path)
     example = os.path.join(directory, "model.ckpt-20")

@@ -667,6 +667,22 @@ def test_a_pipe_in_place_of_a_file_is_refused(file, tmp_path):
         tf1.inspect(path)
 
 
+@pytest.mark.parametrize("path", [None, 3, b"model.ckpt-1"])
+def test_what_is_no_path_is_named(path):
+    params = {"w": jnp.ones(2)}
+    for call in (tf1.inspect, lambda p: tf1.save(p, params, ()), lambda p: tf1.load(p, params, ())):
+        with pytest.raises(ValueError, match=r"path=.* is no path\. Pass a str or a pathlib\.Path"):
+            call(path)
+
+
+def test_a_deleted_array_is_named_and_nothing_is_written(tmp_path):
+    params = {"w": jnp.ones(2), "v": jnp.ones(2)}
+    params["v"].delete()
+    with pytest.raises(RuntimeError, match="what is saved as 'v' is a deleted array: a step"):
+        tf1.save(tmp_path / "model.ckpt-1", params, ())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_step_beyond_int32_is_refused(tmp_path):
     tf1.save(
         tmp_path / "x", {"global_step": np.int64(2**31)} | W, ema(0.9).init(W)._replace(step=())

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import emaopt
 from emaopt._tree.rows import OUTSIDE, PADDING
@@ -534,3 +535,27 @@ def test_the_gradients_of_micro_batches_add_up_in_one_view():
         updates, state = multi.update(jax.grad(loss)(params, ids), state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(got["table"], params["table"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec(None, "x")], ids=str)
+def test_a_table_of_an_explicit_mesh_needs_no_mesh_around_the_step(spec):
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Explicit,))
+    tx = emaopt.ema(0.5, rows=emaopt.matching("table"))
+    tables = {"table": emaopt.rows(jnp.array([3, 0]))}
+
+    @jax.jit
+    def step(params, opt_state):
+        small = emaopt.take((params, opt_state), tables)
+        _, state = tx.update(jax.tree.map(jnp.ones_like, small[0]), small[1], small[0])
+        new = jax.tree.map(lambda x: x + 1, small[0])
+        return emaopt.put((params, opt_state), (new, state), tables)
+
+    def averaged(table):
+        params = {"table": table}
+        return emaopt.average(*step(params, jax.jit(tx.init)(params)))["table"]
+
+    table = jnp.arange(4.0 * devices**2).reshape(4 * devices, devices)
+    sharded = averaged(jax.device_put(table, NamedSharding(mesh, spec)))
+    np.testing.assert_array_equal(sharded, averaged(table))
+    assert not sharded.sharding.is_fully_replicated or devices == 1
