@@ -66,11 +66,16 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
         >>> emaopt.average(params, state)
         Array([1.], dtype=float32)
     """
+    if not isinstance(average, optax.GradientTransformation):
+        raise ValueError(f"average={average!r} is not a transformation. Pass emaopt.ema(decay).")
     inner = optax.with_extra_args_support(average)
 
     def init(params: Tree) -> HealState:
         count = lambda p: beside(params, jnp.zeros((), jnp.int32))
-        return HealState(tree_map(count, params=params), inner.init(params))
+        state = inner.init(params)
+        if not any(map(_is_average, jax.tree.leaves(state, is_leaf=_is_average))):
+            raise ValueError("average holds no average. Pass emaopt.ema(decay).")
+        return HealState(tree_map(count, params=params), state)
 
     def update(updates, state, params=None, **extra):
         if not isinstance(state, HealState):

@@ -173,6 +173,8 @@ def on_leaves(tx: optax.GradientTransformation) -> optax.GradientTransformationE
         >>> decay = optax.add_decayed_weights(1e-4)
         >>> weights = on_leaves(optax.masked(decay, emaopt.matching("kernel")))
     """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(f"tx={tx!r} is not a transformation. Pass one, such as clip_by_norm(1.0).")
     inner = optax.with_extra_args_support(tx)
 
     def init(params):

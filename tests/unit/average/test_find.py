@@ -446,3 +446,9 @@ def test_averages_of_numpy_arrays_do_not_change_with_them():
     params["frozen"][:] = 7
     assert not np.shares_memory(averaged["w"], state.inner_state.shadow["w"])
     equal(averaged, {"w": np.ones(2, np.float32), "frozen": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize("name", [["ema"], 3, {"ema"}])
+def test_a_name_that_is_no_text_is_refused(name):
+    with pytest.raises(ValueError, match=r"name=.* is not an average.*Pass one of: 'ema'"):
+        emaopt.average(TREE, emaopt.ema().init(TREE), name)

@@ -230,3 +230,10 @@ def test_the_state_of_another_transformation_is_refused():
     params = {"w": jnp.ones(2)}
     with pytest.raises(ValueError, match="state is a EmaState, not that of heal"):
         emaopt.heal(emaopt.ema()).update(params, emaopt.ema().init(params), params)
+
+
+def test_what_holds_no_average_is_refused():
+    with pytest.raises(ValueError, match=r"average='ema' is not a transformation\. Pass emaopt"):
+        emaopt.heal("ema")
+    with pytest.raises(ValueError, match=r"average holds no average. Pass emaopt.ema\(decay\)"):
+        emaopt.heal(emaopt.adam()).init({"w": jnp.ones(2)})

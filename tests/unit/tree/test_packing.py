@@ -303,3 +303,8 @@ def test_leaves_on_different_devices_are_joined_apart():
 def test_what_cannot_be_done_says_so(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_on_leaves_wraps_a_transformation():
+    with pytest.raises(ValueError, match=r"tx=3 is not a transformation\. Pass one"):
+        on_leaves(3)
