@@ -85,3 +85,8 @@ def test_a_cloud_that_cannot_be_reached_is_one_line(monkeypatch):
     message = r"path='gs://bucket/run' cannot be looked at\. \(RuntimeError: Could not resolve"
     with pytest.raises(OSError, match=message):
         checkpoint.restore_averages("gs://bucket/run", {"w": jnp.zeros(2)})
+
+
+def test_what_is_no_path_is_named():
+    with pytest.raises(ValueError, match=r"path=None is no path\. Pass a str or a pathlib\.Path"):
+        checkpoint.restore_params(None, {"w": jnp.zeros(2)})
