@@ -8,6 +8,10 @@ from emaopt._tree.paths import KeyPath
 from ._place import DIGESTS, is_in, shared_start
 
 
+_OF_OPTIMIZERS = {"slots", "acc_grads"}  # fields of emaopt's optimizers and of optax.MultiSteps
+_SLOTS = {"mu", "nu", "trace"}  # fields of Optax's optimizers
+
+
 def candidates_for(
     names: Collection[KeyPath], paths: Collection[KeyPath], averages: Collection[KeyPath]
 ) -> list[KeyPath]:
@@ -47,7 +51,8 @@ def _is_slot(root: KeyPath, averages: Collection[KeyPath]) -> bool:
 
     A link of a chain has a position, as the average has, and then the name of the slot:
     `0/slots/momentum` and `0/0/mu` beside `1`. The name of a network, `0/critic`, is in the path of
-    its average too. `optax.MultiSteps` keeps a sum of gradients.
+    its average too. `optax.MultiSteps` keeps a sum of gradients. In `optax.named_chain` links have
+    names in place of positions: then the usual names of slots tell.
     """
     if "params" in root:
         return False
@@ -58,7 +63,7 @@ def _is_slot(root: KeyPath, averages: Collection[KeyPath]) -> bool:
         names = [key for key in root[start + 1 :] if not key.isdecimal() and key not in known]
         if len(keys) == 2 and all(map(str.isdecimal, keys)) and names:
             return True
-    return "acc_grads" in root
+    return not _OF_OPTIMIZERS.isdisjoint(root) or root[-1] in _SLOTS
 
 
 def root_beside(
