@@ -68,7 +68,8 @@ def command(
     elif target is None or target.name in DECAYS:
         raise ValueError("--curve needs a window that slides, such as --mean --last 8")
     where = absolute(paths[0])
-    if not finished_steps(where) and checkpoints(where).format == TF1:
+    found = checkpoints(where)
+    if found.steps and found.format == TF1:
         load_tensorflow()
     run = Run.open(where, at, dict(_named(text) for text in source), params)
     for line in run.left_out:
