@@ -127,9 +127,10 @@ def number(x: Any) -> jax.Array:
     return jnp.asarray(x).astype(float)
 
 
-def call(name: str, *arguments: Any) -> str:
+def call(name: str, *arguments: Any, **keywords: Any) -> str:
     """Return the text of a call: `call("every", 10, 0.9)` is "every(10, 0.9)"."""
-    return f"{name}({', '.join(map(show, arguments))})"
+    given = [f"{key}={show(value)}" for key, value in keywords.items()]
+    return f"{name}({', '.join([*map(show, arguments), *given])})"
 
 
 def _log(rate: Any) -> jax.Array:

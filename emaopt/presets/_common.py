@@ -8,9 +8,9 @@ from emaopt._average.decay import Decay, call, pointwise
 from emaopt._tree.checks import POSITIVE, SHARE, check_scalar, whole
 
 
-def named(decay: Decay, name: str, *arguments: object) -> Decay:
+def named(decay: Decay, name: str, *arguments: object, **keywords: object) -> Decay:
     """Return the decay with the call of a preset as its `repr`."""
-    return dataclasses.replace(decay, text=call(f"presets.{name}", *arguments))
+    return dataclasses.replace(decay, text=call(f"presets.{name}", *arguments, **keywords))
 
 
 def each(period: int, decay: Decay) -> Decay:

@@ -251,14 +251,16 @@ def edm2_traditional(
     check_positive(batch_size=batch_size)
     if rampup_ratio is None or halflife_Mimg != math.inf:
         check_positive(halflife_Mimg=halflife_Mimg)
-    given = halflife_Mimg, rampup_ratio, f"batch_size={batch_size}"
     updates = halflife_Mimg * 1e6 / batch_size
     if rampup_ratio is None:
-        return named(half_life(updates), "edm2_traditional", *given)
-    check_positive(rampup_ratio=rampup_ratio)
+        made = half_life(updates)
+    else:
+        check_positive(rampup_ratio=rampup_ratio)
+        made = pointwise(lambda t: _rate_of_rampup(t, updates, rampup_ratio), "rampup")
+    given = halflife_Mimg, rampup_ratio
+    return named(made, "edm2_traditional", *given, batch_size=batch_size)
 
-    def rate(t):
-        half = jnp.minimum(updates, rampup_ratio * jnp.asarray(t, float))
-        return -jnp.expm1(-math.log(2) / half)
 
-    return named(pointwise(rate, "rampup"), "edm2_traditional", *given)
+def _rate_of_rampup(t, updates: float, rampup_ratio: float):
+    half = jnp.minimum(updates, rampup_ratio * jnp.asarray(t, float))
+    return -jnp.expm1(-math.log(2) / half)

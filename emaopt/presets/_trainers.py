@@ -82,8 +82,7 @@ def composer(
         kept = smoothing
     first = max(start, 1)
     made = _waiting(first - 1, _on_multiples(first, interval, kept))
-    texts = repr(half_life), str(smoothing), repr(ema_start), repr(update_interval)
-    return named(made, "composer", *texts)
+    return named(made, "composer", half_life, smoothing, ema_start, update_interval)
 
 
 def nemo(decay: float, every_n_steps: int = 1) -> Decay:
@@ -148,7 +147,7 @@ def mmengine(
     if not isinstance(ema_type, str) or ema_type not in kinds:
         raise ValueError(f"ema_type={ema_type!r} is not known. Pass one of: {', '.join(kinds)}.")
     made = after(max(begin_iter, 1) - 1, each(interval, kinds[ema_type]))
-    return named(made, "mmengine", repr(ema_type), begin_iter, momentum, interval, gamma)
+    return named(made, "mmengine", ema_type, begin_iter, momentum, interval, gamma)
 
 
 def torchtitan(
