@@ -102,7 +102,7 @@ def memory(megabytes, directory):
         "",
         *table(["parameters", "MB", "largest array, MB", "above, MB", "in largest arrays"], rows),
         "",
-        "Some 35 MB are fixed: one sum of 8 MB in float64, what is read, read ahead, rounded and "
+        "Some 50 MB are fixed: one sum of 16 MB in float64, what is read, read ahead, rounded and "
         "written, and the threads of TensorStore. Without `mallopt(M_MMAP_THRESHOLD, 2**20)`, "
         "which the command calls, it is 80 to 100 MB more: freed memory that glibc keeps for each "
         "thread. In Python, `MALLOC_MMAP_THRESHOLD_=1048576` in the environment does the same.",

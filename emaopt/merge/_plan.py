@@ -63,7 +63,7 @@ class Plan:
     def write(self, destination: Any, progress: Progress = lambda bytes_: None) -> None:
         """Add up, and write a checkpoint of Orbax with the item `params`, or a `.safetensors` file.
 
-        A block of every leaf is in memory at a time, at most 8 MB in float64 or one chunk of what
+        A block of every leaf is in memory at a time, at most 16 MB in float64 or one chunk of what
         is stored. Of several processes of JAX each adds up its share of the blocks; all must call
         this. The checkpoint has digests, as `emaopt.checkpoint.export_averages` writes them, and
         gets its name when all is written.
