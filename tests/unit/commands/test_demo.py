@@ -26,7 +26,8 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 # `emaopt demo`, met by a signal in the middle of an epoch
 INTERRUPTED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` in a shell has it ignored
 from emaopt import __main__
 from emaopt._commands import digits
 
