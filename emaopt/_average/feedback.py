@@ -14,7 +14,14 @@ import optax
 from jax.typing import ArrayLike
 
 from emaopt._tree.calls import shows_its_call
-from emaopt._tree.checks import SHARE, Range, check_scalar, whole
+from emaopt._tree.checks import (
+    SHARE,
+    Range,
+    check_own_state,
+    check_scalar,
+    check_transformation,
+    whole,
+)
 from emaopt._tree.leaves import apply_updates, by_path, tree_map
 from emaopt._tree.numbers import is_concrete, is_inexact, wide
 from emaopt._tree.paths import Tree
@@ -78,10 +85,10 @@ def overwrite(
     check_scalar("n", n, *whole(1))
     if not callable(strength):
         check_scalar("strength", strength, *SHARE)
-    _check_transformation("tx", tx, "emaopt.ema(decay)")
+    check_transformation("tx", tx, "emaopt.ema(decay)")
     inner = optax.with_extra_args_support(tx)
     if outer is not None:
-        _check_transformation("outer", outer, "an optimizer such as optax.sgd(0.7)")
+        check_transformation("outer", outer, "an optimizer such as optax.sgd(0.7)")
         inner = _with_outer(n, inner, outer, name)
     meets = not callable(strength) and is_concrete(strength) and strength == 1
 
@@ -196,8 +203,8 @@ def primal(
       [5.]
     """
     _check_primal(interpolation, pull, at)
-    _check_transformation("tx", tx, "an optimizer such as optax.sgd(0.1)")
-    _check_transformation("average", average, "emaopt.ema(decay)")
+    check_transformation("tx", tx, "an optimizer such as optax.sgd(0.1)")
+    check_transformation("average", average, "emaopt.ema(decay)")
     base, mean = optax.with_extra_args_support(tx), optax.with_extra_args_support(average)
 
     def init(params):
@@ -215,11 +222,7 @@ def primal(
                 "params is missing: primal computes the next parameters from them. "
                 "Call tx.update(grads, state, params)."
             )
-        if not isinstance(state, PrimalState):
-            raise ValueError(
-                f"state is a {type(state).__name__}, not that of primal. Pass the state that its "
-                "own init made."
-            )
+        check_own_state("primal", PrimalState, state)
         x = _averages_like(params, state.average)
         z = tree_map(partial(_z, interpolation), params=params, x=x, z=state.z)
         seen = params if at == "y" else tree_map(_as, z=z, params=params)
@@ -247,11 +250,6 @@ def _check_primal(interpolation: Any, pull: Any, at: str) -> None:
         check_scalar("pull", pull, *SHARE)
     if at not in ("y", "z"):
         raise ValueError(f"at={at!r} is not a point. Pass 'y' or 'z'.")
-
-
-def _check_transformation(name: str, tx: Any, wanted: str) -> None:
-    if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"{name}={tx!r} is not a transformation. Pass {wanted}.")
 
 
 def _init(name: str, tx: optax.GradientTransformation, params: Tree) -> Tree:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from emaopt._tree.calls import shows_its_call
+from emaopt._tree.checks import check_own_state, check_transformation
 from emaopt._tree.devices import beside, in_memory, stay
 from emaopt._tree.leaves import apply_updates, by_path, from_paths, tree_map
 from emaopt._tree.numbers import is_inexact, wide
@@ -66,8 +67,7 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
         >>> emaopt.average(params, state)
         Array([1.], dtype=float32)
     """
-    if not isinstance(average, optax.GradientTransformation):
-        raise ValueError(f"average={average!r} is not a transformation. Pass emaopt.ema(decay).")
+    check_transformation("average", average, "emaopt.ema(decay)")
     inner = optax.with_extra_args_support(average)
 
     def init(params: Tree) -> HealState:
@@ -78,11 +78,7 @@ def heal(average: optax.GradientTransformation) -> optax.GradientTransformationE
         return HealState(tree_map(count, params=params), state)
 
     def update(updates, state, params=None, **extra):
-        if not isinstance(state, HealState):
-            raise ValueError(
-                f"state is a {type(state).__name__}, not that of heal. Pass the state that its own "
-                "init made."
-            )
+        check_own_state("heal", HealState, state)
         updates, new = inner.update(updates, state.state, params, **extra)
         values = by_path(apply_updates(params, updates))
         healed = by_path(state.healed)

@@ -181,9 +181,9 @@ def stochastic(dtype: DTypeLike = jnp.bfloat16) -> Stochastic:
     a quarter of the way up is rounded up in a quarter of all cases. So increments of any size get
     through. The price is noise with standard deviation sqrt(u * d / 2): u is the spacing of
     bfloat16 at the element, 2**-8 to 2**-7 of it, and d is its distance to the values that are
-    averaged. The noise does not depend on the decay. The random
-    bits are a hash of the step, the leaf and the position of the element in it, so they are the
-    same in every run and on every mesh. `dtype` is bfloat16.
+    averaged. The noise does not depend on the decay. The random bits are a hash of the step, the
+    leaf and the position of the element in it, so they are the same in every run and on every mesh.
+    `dtype` is bfloat16.
 
     >>> stochastic()
     Stochastic(dtype=dtype(bfloat16))

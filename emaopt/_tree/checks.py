@@ -1,6 +1,7 @@
 """Check arguments, and word the errors about them."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -116,6 +117,27 @@ def check_flag(name: str, value: Any) -> None:
     """Raise unless an argument is True or False. The text "False" would be taken for True."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name}={value!r} is neither True nor False. Pass one of them.")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raise unless an argument is a path: a text, or what the system takes for one."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name}={value!r} is no path. Pass a str or a pathlib.Path.")
+
+
+def check_transformation(name: str, value: Any, wanted: str) -> None:
+    """Raise unless an argument is a transformation of Optax."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise ValueError(f"{name}={value!r} is not a transformation. Pass {wanted}.")
+
+
+def check_own_state(maker: str, kind: type, state: Any) -> None:
+    """Raise unless a state is of the kind that the `init` of a transformation makes."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"state is a {type(state).__name__}, not that of {maker}. Pass the state that its own "
+            "init made."
+        )
 
 
 def check_scalar(name: str, value, good: Callable, wanted: str) -> None:

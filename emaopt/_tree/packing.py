@@ -19,7 +19,7 @@ from jax import lax
 from jax.tree_util import DictKey
 
 from .calls import shows_its_call
-from .checks import check, check_unique, describe
+from .checks import check, check_transformation, check_unique, describe
 from .numbers import is_concrete, is_inexact
 from .paths import Tree, is_none, leaf_names
 
@@ -173,8 +173,7 @@ def on_leaves(tx: optax.GradientTransformation) -> optax.GradientTransformationE
         >>> decay = optax.add_decayed_weights(1e-4)
         >>> weights = on_leaves(optax.masked(decay, emaopt.matching("kernel")))
     """
-    if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"tx={tx!r} is not a transformation. Pass one, such as clip_by_norm(1.0).")
+    check_transformation("tx", tx, "one, such as clip_by_norm(1.0)")
     inner = optax.with_extra_args_support(tx)
 
     def init(params):

@@ -10,6 +10,7 @@ Everything is found by key path in the checkpoint's own metadata. So the classes
 and the optimizer around the average, need not be known to read the averages.
 """
 
+from functools import partial
 from typing import Any
 
 from etils.epath import Path
@@ -31,7 +32,7 @@ from ._snapshot import snapshot as snapshot
 from ._stored import Stored
 from ._trees import named_leaves
 from ._watch import watch as watch
-from ._write import check_target, write
+from ._write import write
 
 
 def save(
@@ -78,19 +79,10 @@ def save(
             or one that Orbax's context casts. It names the leaf, and nothing is written.
         OSError: the checkpoint could not be written. It names the cause, such as a full disk.
     """
-    step = check_target(checkpointer, step, overwrite)
-    trees = items_of(params, opt_state, name, rest)
-    return write(
-        checkpointer,
-        "save_checkpointables",
-        step,
-        trees,
-        digest=digest,
-        custom_metadata=custom_metadata,
-        force=force,
-        overwrite=overwrite,
-        metrics=metrics,
-    )
+    given: dict[str, Any] = {"digest": digest, "custom_metadata": custom_metadata}
+    given |= {"force": force, "overwrite": overwrite, "metrics": metrics}
+    trees = partial(items_of, params, opt_state, name, rest)
+    return write(checkpointer, "save_checkpointables", step, trees, **given)
 
 
 def save_async(
@@ -131,19 +123,10 @@ def save_async(
     Returns:
         Orbax's response, whose `result()` waits; `None` where a policy says no.
     """
-    step = check_target(checkpointer, step, overwrite)
-    trees = items_of(params, opt_state, name, rest)
-    return write(
-        checkpointer,
-        "save_checkpointables_async",
-        step,
-        trees,
-        digest=digest,
-        custom_metadata=custom_metadata,
-        force=force,
-        overwrite=overwrite,
-        metrics=metrics,
-    )
+    given: dict[str, Any] = {"digest": digest, "custom_metadata": custom_metadata}
+    given |= {"force": force, "overwrite": overwrite, "metrics": metrics}
+    trees = partial(items_of, params, opt_state, name, rest)
+    return write(checkpointer, "save_checkpointables_async", step, trees, **given)
 
 
 def restore_params(path: Any, like: Params, *, step: int | None = None) -> Params:

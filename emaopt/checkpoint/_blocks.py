@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from emaopt._tree.paths import KeyPath, printable
+from emaopt._tree.paths import KeyPath
 
 from ._digest import digest_of_block
-from ._errors import DamagedError, cause
+from ._errors import unreadable
 from ._item import LeafError
 from ._place import DIGESTS, Place, evaluated
 from ._stored import Stored
@@ -96,7 +96,8 @@ class Blocks:
             try:
                 opened = self.stored.items[item].open(own)
             except LeafError as error:
-                raise self._unreadable((item, *error.path), error) from error
+                place = item, *error.path
+                raise unreadable(self.stored.path, place, error, self.advice) from error
             found |= {(item, *path): array for path, array in opened.items()}
         # TensorStore keeps some kB for each
         self._opened = found if len(self._opened) > OPEN_AT_ONCE else self._opened | found
@@ -109,15 +110,8 @@ class Blocks:
         try:
             value = np.asarray(reading.pop(path).result())
         except Exception as error:  # TensorStore's errors have many types
-            raise self._unreadable(path, error) from error
+            raise unreadable(self.stored.path, path, error, self.advice) from error
         if (path[0],) in self.stored.items.get(DIGESTS, ()):
             part = digest_of_block(value, [part.start for part in index], shape)
             self.digests[path] = self.digests.get(path, 0) + part
         return value
-
-    def _unreadable(self, path: KeyPath, error: Exception) -> DamagedError:
-        leaf = printable("/".join(filter(None, path)))
-        return DamagedError(
-            f"checkpoint {self.stored.path}: {leaf} cannot be read, the data is cut off, missing "
-            f"or damaged. {cause(error)} {self.advice}"
-        )

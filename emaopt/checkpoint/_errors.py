@@ -34,6 +34,17 @@ def cause(error: BaseException) -> str:
     return f"({type(error).__name__}: {printable(text[:400])})"
 
 
+def unreadable(
+    checkpoint: object, path: KeyPath, error: BaseException, advice: str = "Use another step."
+) -> DamagedError:
+    """Return the error of a leaf that cannot be read. `path`: the item, and its key path there."""
+    leaf = printable("/".join(filter(None, path)))
+    return DamagedError(
+        f"checkpoint {checkpoint}: {leaf} cannot be read, the data is cut off, missing or damaged. "
+        f"{cause(error)} {advice}"
+    )
+
+
 @contextmanager
 def saving(what: str) -> Iterator[None]:
     """Say which checkpoint was not saved and why, whatever Orbax raises.

@@ -16,9 +16,10 @@ from emaopt._files import read_json
 from emaopt._tree.paths import KeyPath, Tree
 
 from ._digest import with_own_digest
-from ._item import METADATA, STRINGS
+from ._item import STRINGS
 from ._items import inventory
 from ._place import DIGESTS
+from ._run import METADATA
 
 
 def write_frame(

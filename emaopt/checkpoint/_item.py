@@ -20,9 +20,9 @@ from emaopt._files import read_json
 from emaopt._tree.paths import KeyPath, Tree, key_paths
 
 from ._leaf import Target
+from ._run import METADATA
 
 
-METADATA = "_METADATA"  # the file that a tree has
 STRINGS = "_strings.json"  # the file with those of its leaves that are strings
 ALIGNMENT = 64  # of arrays that JAX on CPU does not copy
 _SEQUENCE = 1  # Orbax's type of a key that is a position

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
+from emaopt._tree.checks import check_path
+
 
 FINISHED = "_CHECKPOINT_METADATA"  # the file that a finished checkpoint has
+METADATA = "_METADATA"  # the file that a tree has
 
 
 def is_finished(checkpoint: Path) -> bool:
@@ -33,7 +36,7 @@ def is_finished(checkpoint: Path) -> bool:
 
 def holds_checkpoints(path: Path) -> bool:
     """Tell whether a directory is a run, a checkpoint, or an item of one."""
-    files = (path / FINISHED, path / "_METADATA")
+    files = (path / FINISHED, path / METADATA)
     return bool(finished_steps(path)) or any(file.exists() for file in files)
 
 
@@ -100,7 +103,7 @@ def _located(path: Path, step: Any) -> Path:
     if step is None:
         if is_finished(path):
             return path
-        if (path / "_METADATA").exists():
+        if (path / METADATA).exists():
             if is_finished(path.parent):
                 raise ValueError(
                     f"path={str(path)!r} is an item of a checkpoint. Pass {str(path.parent)!r}."
@@ -120,8 +123,7 @@ def as_path(argument: str, path: Any) -> Path:
     Raises:
         ValueError: it is neither.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"{argument}={path!r} is no path. Pass a str or a pathlib.Path.")
+    check_path(argument, path)
     path = Path(path)
     if not path.is_absolute() and "://" not in str(path):
         raise ValueError(f"{argument}={str(path)!r} is relative. Pass an absolute path.")

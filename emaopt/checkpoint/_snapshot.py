@@ -19,7 +19,7 @@ from emaopt._tree.paths import KeyPath, Tree
 from ._digest import in_turn
 from ._items import checked
 from ._trees import without_model
-from ._write import check_target, write
+from ._write import write
 
 
 def snapshot(
@@ -73,11 +73,10 @@ def snapshot(
         ...     snapshot(checkpointer, 1, state, jnp.bfloat16)
         True
     """
-    step = check_target(checkpointer, step, overwrite)
-    items = averages_alone(opt_state, dtype)
-    given = {"digest": digest, "custom_metadata": custom_metadata}
-    orbax = {"force": force, "overwrite": overwrite, "metrics": metrics}
-    return write(checkpointer, "save_checkpointables", step, items, **given, **orbax)
+    given: dict[str, Any] = {"digest": digest, "custom_metadata": custom_metadata}
+    given |= {"force": force, "overwrite": overwrite, "metrics": metrics}
+    trees = partial(averages_alone, opt_state, dtype)
+    return write(checkpointer, "save_checkpointables", step, trees, **given)
 
 
 def averages_alone(opt_state: Tree, dtype: DTypeLike | None) -> dict[str, Tree]:

@@ -17,11 +17,11 @@ from emaopt._tree.checks import check_array
 from emaopt._tree.paths import KeyPath, Tree, logical, printable
 
 from ._contents import Contents
-from ._errors import DamagedError, MismatchError, cause, missing, shortened
-from ._item import METADATA, Item, LeafError
+from ._errors import DamagedError, MismatchError, cause, missing, shortened, unreadable
+from ._item import Item, LeafError
 from ._leaf import HOST, Target, are_floating, differs, is_key, like_leaf, target_of
 from ._place import DIGESTS, SHADOW, STAMP, UNTOLD, Place, by_item, evaluated
-from ._run import FINISHED, is_finished
+from ._run import FINISHED, METADATA, is_finished
 from ._trees import leaves_by_path, merged, named_leaves
 from ._verify import verify
 
@@ -280,11 +280,7 @@ class Stored:
         try:
             return read()
         except LeafError as error:
-            leaf = "/".join(filter(None, (name, *error.path)))
-            raise DamagedError(
-                f"checkpoint {self.path}: {printable(leaf)} cannot be read, the data is cut off, "
-                f"missing or damaged. {cause(error)} Use another step."
-            ) from error
+            raise unreadable(self.path, (name, *error.path), error) from error
 
     def _trying_one(self, name: str, path: KeyPath) -> Any:
         return self._trying(name, lambda: self.items[name].read({path: HOST}))[path]

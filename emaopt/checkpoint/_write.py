@@ -1,5 +1,6 @@
 """Have Orbax write the items of a checkpoint, with their digests and what it says it holds."""
 
+from collections.abc import Callable
 from typing import Any
 
 from orbax.checkpoint import v1 as ocp
@@ -12,7 +13,7 @@ from ._items import inventory, new_stamp, with_digests
 from ._run import as_step, check_checkpointer, check_writable
 
 
-def check_target(checkpointer: ocp.training.Checkpointer, step: Any, overwrite: bool) -> int:
+def _checked_step(checkpointer: ocp.training.Checkpointer, step: Any, overwrite: bool) -> int:
     """Return the step as a number, if a checkpoint of it can be written.
 
     Raises:
@@ -37,11 +38,12 @@ def check_target(checkpointer: ocp.training.Checkpointer, step: Any, overwrite: 
 def write(
     checkpointer: ocp.training.Checkpointer,
     method: str,
-    step: int,
-    items: dict[str, Tree],
+    step: Any,
+    make_items: Callable[[], dict[str, Tree]],
     *,
     digest: bool,
     custom_metadata: dict[str, Any] | None,
+    overwrite: bool,
     **orbax: Any,
 ) -> Any:
     """Have Orbax write items by one of its methods, and return its response.
@@ -49,20 +51,26 @@ def write(
     Args:
         checkpointer: that of the run.
         method: `save_checkpointables` or `save_checkpointables_async`.
-        step: the number of the step.
-        items: the trees of the checkpoint, checked.
+        step: the number of the step, as the user gave it.
+        make_items: returns the trees of the checkpoint, checked. It is called if they can be
+            written there.
         digest: whether to add the item `digests`.
         custom_metadata: what the user wants to stand beside `emaopt`.
-        orbax: Orbax's arguments.
+        overwrite: whether to replace a checkpoint of this step.
+        orbax: Orbax's other arguments.
 
     Raises:
-        ValueError: Orbax's context would cast a leaf.
+        ValueError: it cannot be written there, or Orbax's context would cast a leaf.
         OSError: the checkpoint could not be written. It names the cause.
     """
+    step = _checked_step(checkpointer, step, overwrite)
+    items = make_items()
     check_context(checkpointer, items)
     stamp = new_stamp(step) if digest else None
     if digest:
         items = with_digests(items, stamp)
     about = {**(custom_metadata or {}), **inventory(items, stamp)}
     with saving(f"checkpoint {checkpointer.directory}, step {step},"):
-        return getattr(checkpointer, method)(step, items, custom_metadata=about, **orbax)
+        return getattr(checkpointer, method)(
+            step, items, custom_metadata=about, overwrite=overwrite, **orbax
+        )

@@ -10,8 +10,7 @@ from emaopt._files import numbered
 from emaopt._safetensors import holds_tensors, tensor_steps
 from emaopt._tree.numbers import dtype_of, is_inexact
 from emaopt._tree.paths import few
-from emaopt.checkpoint._item import METADATA
-from emaopt.checkpoint._run import finished_steps, is_finished, locate, pick
+from emaopt.checkpoint._run import METADATA, finished_steps, is_finished, locate, pick
 from emaopt.checkpoint._stored import Stored
 
 from ._files import SafetensorsTree, Tf1Tree

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from emaopt._extras import require
+from emaopt._tree.checks import check_path
 
 from ._rename import Shape
 
@@ -27,7 +28,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: Any):
-        given = _text(path)
+        check_path("path", path)
+        given = os.fspath(path)
         self.prefix, known = _prefix(re.sub(ENDING, "", given))
         there = f" It has {known}." if known else ""
         try:
@@ -110,15 +112,10 @@ def _is_orbax(tf: Any, path: str) -> bool:
     )
 
 
-def _text(path: Any) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"path={path!r} is no path. Pass a str or a pathlib.Path.")
-    return os.fspath(path)
-
-
 def check_prefix(path: Any) -> None:
     """Raise unless a checkpoint can be written with this prefix, and be found again."""
-    path = _text(path)
+    check_path("path", path)
+    path = os.fspath(path)
     tf = tensorflow()
     directory, base = os.path.split(path)
     example = os.path.join(directory, "model.ckpt-20")
