@@ -25,7 +25,9 @@ _HELD_BACK = [
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 ]
-_kept: list[KeyboardInterrupt] = []  # an interrupt that is not raised yet
+# A mark for an interrupt that is not raised yet. It is not the exception: its traceback would hold
+# the arrays of the step, and a thread that deletes arrays while Python ends aborts the program.
+_kept: list[object] = []
 
 
 class _Structure:
@@ -57,7 +59,7 @@ def unflat(trees: dict[_Structure, list[Any]]) -> Any:
 
 def keep_interrupt() -> None:
     """Keep an interrupt until `raise_interrupt` is called, or for a second."""
-    interrupt = KeyboardInterrupt("it came during a training step, which was finished first")
+    interrupt = object()
     _kept.append(interrupt)
     # not a threading.Timer: its start waits for the new thread, with the results in our hands
     _thread.start_new_thread(_interrupt_main_thread, (interrupt,))
@@ -66,10 +68,11 @@ def keep_interrupt() -> None:
 def raise_interrupt() -> None:
     """Raise the interrupt that is kept, if there is one."""
     if _kept:
-        raise _kept.pop()
+        _kept.pop()
+        raise KeyboardInterrupt("it came during a training step, which was finished first")
 
 
-def _interrupt_main_thread(interrupt: KeyboardInterrupt) -> None:
+def _interrupt_main_thread(interrupt: object) -> None:
     """Raise an interrupt that is kept, if no step has raised it within a second."""
     time.sleep(_WAIT)
     if interrupt in _kept:

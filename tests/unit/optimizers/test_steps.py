@@ -1,8 +1,10 @@
 """compute_gradients, apply_gradients and minimize."""
 
 import contextlib
+import gc
 import signal
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -437,6 +439,16 @@ def test_an_interrupt_is_raised_soon_where_there_is_no_next_step(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         any(time.sleep(0.05) for _ in range(100))
     step(params, state)
+
+
+def test_an_interrupt_that_was_raised_holds_no_arrays():
+    step, params, state = interrupted_step()
+    with contextlib.suppress(KeyboardInterrupt):
+        step(params, state)
+    alive = weakref.ref(params["b"])
+    del params, state
+    gc.collect()
+    assert alive() is None  # not in the thread that waits: it would delete them as Python ends
 
 
 def test_an_interrupt_before_the_computation_is_raised_at_once():
